@@ -1,0 +1,1 @@
+"""The fused ghost norm; one function picks the kernel."""
