@@ -1,0 +1,295 @@
+"""A recipe: one YAML file with the science of a run and nothing of the machine.
+
+Everything is checked here, once: an unknown, duplicate or mistyped key and an impossible number are errors that name file,
+key, what was wanted and what would fix it.
+"""
+
+import difflib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from gbnzoo.regime import RUNGS, LrScaling, Regime, Schedule, derive_regime
+
+RungName = Literal["sb", "lb", "lr", "gbn", "ra"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Epochs = Annotated[float, Field(ge=0)]
+Scalar = bool | int | float | str
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names file and key, and says what would fix it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    """A registered timm architecture and keyword arguments for its entry point."""
+
+    name: str
+    args: dict[str, Scalar] = {}
+
+
+class Data(_Section):
+    """A data set by its name here, its Hub id, or `imagefolder`; see `gbnzoo.data.load_images`."""
+
+    name: str
+    augment: str = "none"
+    holdout: Annotated[int, Field(ge=0)] = 0
+    image_size: PositiveInt | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    num_classes: PositiveInt | None = None
+
+
+class Base(_Section):
+    """The small-batch regime, from which every rung is derived. Times are in epochs; `lr_decay` is one factor for all
+    milestones or one for each."""
+
+    batch_size: PositiveInt
+    epochs: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)]
+    schedule: Schedule = "milestones"
+    milestones: Annotated[tuple[Epochs, ...], Field(strict=False)] = ()
+    lr_decay: float | Annotated[tuple[float, ...], Field(strict=False)] = 0.1
+    warmup_epochs: Epochs = 0
+    weight_decay_epochs: Epochs | None = None
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> "Base":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} must rise")
+        if self.milestones and self.schedule != "milestones":
+            raise ValueError(f"milestones belong to schedule: milestones, not to {self.schedule}")
+        if isinstance(self.lr_decay, tuple) and len(self.lr_decay) != len(self.milestones):
+            raise ValueError(f"lr_decay has {len(self.lr_decay)} factors for {len(self.milestones)} milestones")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is longer than epochs {self.epochs}")
+        return self
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return self.lr_decay if isinstance(self.lr_decay, tuple) else (self.lr_decay,) * len(self.milestones)
+
+
+class Optimizer(_Section):
+    """One of timm's optimizers. `sgd` is the paper's, without Nesterov's momentum unless `nesterov: true`.
+
+    `clip_grad_norm` acts from rung `lr` on, as in the paper's table. `decay_norm_and_bias: false` keeps weight decay off
+    every one-dimensional parameter.
+    """
+
+    name: str = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_norm_and_bias: bool = True
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    args: dict[str, Scalar] = {}
+
+
+class Large(_Section):
+    """What the large-batch rungs use."""
+
+    batch_size: PositiveInt
+    ghost_batch_size: PositiveInt
+    lr_scaling: LrScaling = "sqrt"
+
+    @model_validator(mode="after")
+    def _whole_ghosts(self) -> "Large":
+        if self.batch_size % self.ghost_batch_size:
+            down = self.batch_size - self.batch_size % self.ghost_batch_size
+            fits = " or ".join(str(size) for size in (down, down + self.ghost_batch_size) if size)
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of ghost_batch_size {self.ghost_batch_size}; {fits} would be"
+            )
+        return self
+
+
+class GradientNoise(_Section):
+    """Each sample's gradient times z ~ N(1, sigma²), from rung `lr` on (Hoffer et al. 2017, section 4)."""
+
+    kind: Literal["multiplicative"]
+    sigma: Annotated[float, Field(gt=0)]
+
+
+class Recipe(_Section):
+    """The science of a run. `rung` picks how much of the paper applies; `seed` fixes everything random."""
+
+    model: Model
+    data: Data
+    base: Base
+    optimizer: Optimizer = Optimizer()
+    large: Large
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gradient_noise: GradientNoise | None = None
+    evaluations: PositiveInt = 20
+    tag: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] | None = None
+    rung: RungName = "ra"
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+
+    @property
+    def name(self) -> str:
+        """`architecture.tag`, as timm writes it: hub folder, Hub repo and CSV key, e.g. `resnet44_gbn.cifar10_ra4096`."""
+        data = self.tag or self.data.name.split("/")[-1].lower().replace("-", "_")
+        batch = self.large.batch_size if RUNGS[self.rung].is_large else self.base.batch_size
+        return f"{self.model.name}.{data}_{self.rung}{batch}"
+
+    @property
+    def run_name(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+    def regime(self, num_samples: int) -> Regime:
+        """The regime of the recipe's rung on a training set of `num_samples`."""
+        return derive_regime(
+            self.rung,
+            num_samples=num_samples,
+            batch_size=self.base.batch_size,
+            epochs=self.base.epochs,
+            lr=self.base.lr,
+            large_batch_size=self.large.batch_size,
+            ghost_batch_size=self.large.ghost_batch_size,
+            lr_scaling=self.large.lr_scaling,
+            schedule=self.base.schedule,
+            milestones=self.base.milestones,
+            lr_decay=self.base.decays,
+            warmup_epochs=self.base.warmup_epochs,
+            weight_decay_epochs=self.base.weight_decay_epochs,
+            clip_grad_norm=self.optimizer.clip_grad_norm,
+            gradient_noise_sigma=self.gradient_noise.sigma if self.gradient_noise else 0.0,
+        )
+
+    def to_yaml(self) -> str:
+        """Every key with its value, defaults included: what a run records of itself."""
+        text = io.StringIO()
+        yaml = YAML()
+        yaml.default_flow_style = None
+        yaml.width = 120
+        yaml.dump(self.model_dump(mode="json", exclude_none=True), text)
+        return text.getvalue()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Recipe:
+    """Read and check one recipe.
+
+    Args:
+        path: YAML file; one that does not exist is also looked for among the recipes that ship with the package, under the
+            same path (`recipes/mnist/mlp5_gbn.yaml`).
+        overrides: `key=value` pairs with dotted keys and YAML values, e.g. `base.epochs=10`.
+        settings: top-level keys to set (`rung`, `seed`); None leaves the file's value.
+
+    Raises:
+        RecipeError: if the file is missing or anything in it is wrong.
+    """
+    path = find_recipe(path)
+    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{path}: wanted keys and values (model:, data:, base:, large:), found {_shown(content)}")
+    for override in overrides:
+        _apply(content, override)
+    content |= {key: value for key, value in settings.items() if value is not None}
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file itself, or the shipped recipe of that path.
+
+    Raises:
+        RecipeError: naming recipes of the same file name, or all there are.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    wanted = path.as_posix().removeprefix("recipes/")
+    if wanted in shipped:
+        return shipped[wanted]
+    alike = (
+        [name for name in shipped if Path(name).stem == path.stem]
+        or difflib.get_close_matches(wanted, shipped)
+        or list(shipped)
+    )
+    raise RecipeError(
+        f"{path}: no such file; recipes that ship with gbnzoo: {', '.join(f'recipes/{name}' for name in alike)}"
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of this installation, `mnist/mlp5_gbn.yaml` → file."""
+    package = Path(__file__).parent
+    # Installed, they are the subpackage gbnzoo.recipes; in a checkout they lie beside the package.
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
+    files = sorted(f for f in folder.glob("*/*.yaml") if f.parent.name != "machines")
+    return {f.relative_to(folder).as_posix(): f for f in files}
+
+
+def _parse(text: str, source: str) -> Any:
+    # ruamel.yaml reads YAML 1.2: it refuses duplicate keys and reads 1e-4 as a number; PyYAML does neither.
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise RecipeError(f"{where}: {error.problem}; a key may stand only once, and its value in YAML") from None
+    except YAMLError as error:
+        raise RecipeError(f"{source}: not YAML: {error}") from None
+
+
+def _apply(content: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: wanted key=value with a dotted key, such as base.epochs=10")
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"override {override!r}: {section} is a value and has no keys below it")
+    content[last] = _parse(value, f"override {override!r}")
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location) or "recipe"
+        match problem["type"]:
+            case "extra_forbidden":
+                known = _known_keys(location[:-1])
+                close = difflib.get_close_matches(location[-1], known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+                yield f"{key} is not a key of a recipe; {hint}"
+            case "missing":
+                yield f"{key} is missing; it must be given"
+            case "value_error":
+                yield f"{key}: {problem['ctx']['error']}"
+            case "model_type":
+                yield f"{key}: given {_shown(problem['input'])}, wanted a section with keys {', '.join(_known_keys(location))}"
+            case _:
+                wanted = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+                yield f"{key}: given {_shown(problem['input'])}, wanted {wanted}"
+
+
+def _known_keys(section: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for name in section:
+        annotation = model.model_fields[name].annotation
+        model = next(
+            m
+            for m in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(m, type) and issubclass(m, BaseModel)
+        )
+    return list(model.model_fields)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, Scalar | None) else f"{type(value).__name__} {value}"
