@@ -1,0 +1,259 @@
+"""A run's folder: `recipe.yaml log.csv env.json checkpoints/`. What is in it survives a kill at any moment.
+
+A checkpoint is one safetensors file, written aside, synced and renamed into place; its name carries its update and the
+hash of its bytes, so that a damaged one is known for what it is and the one before it is used.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from gbnzoo.recipe import Recipe, load_recipe
+
+LOG_COLUMNS = (
+    "update",
+    "samples",
+    "lr",
+    "train_loss",  # mean over the updates since the row before
+    "grad_norm",  # of this update, before clipping
+    "weight_distance",  # ‖w_t − w_0‖ over all parameters
+    "weight_distance_first",  # the same over parameter 0 alone, which is what the paper's code logs
+    "images_per_second",  # training only, since the row before
+    "train_seconds",  # since the start, evaluation included
+    "split",
+    "top1_percent",
+    "top5_percent",
+    "eval_loss",
+)
+TIMED_COLUMNS = ("images_per_second", "train_seconds")
+"""What may differ between two runs of one recipe and seed."""
+
+_CHECKPOINT_NAME = re.compile(r"update(\d{9})\.([0-9a-f]{16})\.safetensors")
+_KEEP = 2
+
+
+class RunError(RuntimeError):
+    """A run that cannot start, go on or be used; the message says what would help."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's whole state after `update` of its `total_updates`.
+
+    Args:
+        model: state dict.
+        optimizer: state of each parameter by its index, as in `torch.optim.Optimizer.state_dict()["state"]`.
+        progress: numbers the log needs to go on (loss and time since its last row).
+    """
+
+    update: int
+    total_updates: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[int, dict[str, Any]] = field(default_factory=dict)
+    progress: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """One run's folder, new or to be gone on with."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "recipe.yaml").is_file():
+            raise RunError(f"{self.folder} is not a run: it holds no recipe.yaml; `gbnzoo train` makes one")
+
+    @classmethod
+    def start(cls, recipe: Recipe, out: str | Path, *, resume: bool) -> "Run":
+        """Make the folder `out/<run name>`, or open it again to go on.
+
+        Raises:
+            RunError: if it holds a run and `resume` is false, or holds a run of another recipe.
+        """
+        folder = Path(out) / recipe.run_name
+        if not (folder / "recipe.yaml").exists():
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            _write(folder / "recipe.yaml", recipe.to_yaml().encode())
+            return cls(folder)
+        if not resume:
+            raise RunError(
+                f"{folder} already holds a run; --resume goes on with it, another --out or seed starts a new one"
+            )
+        run = cls(folder)
+        if run.recipe != recipe:
+            theirs, ours = run.recipe.model_dump(), recipe.model_dump()
+            differing = ", ".join(f"{k} {theirs[k]} there, {ours[k]} now" for k in ours if ours[k] != theirs[k])
+            raise RunError(
+                f"{folder} was started from another recipe ({differing}); go on with that one, or use another --out"
+            )
+        return run
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.folder / "recipe.yaml")
+
+    # ---- log
+
+    def rows(self) -> list[dict[str, str]]:
+        """The log's rows in order, as text; a cell that was not measured is empty."""
+        try:
+            with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except FileNotFoundError:
+            return []
+        # A row cut short by a kill lacks its last cells.
+        return [row for row in rows if None not in row.values()]
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row; it is on the disk before this returns."""
+        path = self.folder / "log.csv"
+        if not path.exists():
+            _write(path, _as_csv([]))
+        with open(path, "ab") as file:
+            file.write(_as_csv([row]).split(b"\n", 1)[1])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind_log(self, update: int) -> None:
+        """Drop the rows after `update`: the run goes on from there and will write them again."""
+        _write(self.folder / "log.csv", _as_csv([row for row in self.rows() if int(row["update"]) <= update]))
+
+    def finished(self) -> tuple[Checkpoint, dict[str, str]]:
+        """The last checkpoint and the log's row for it.
+
+        Raises:
+            RunError: if the run has not been finished.
+        """
+        checkpoint, rows = self.latest_checkpoint(), self.rows()
+        if not checkpoint or checkpoint.update < checkpoint.total_updates or not rows:
+            at = f"update {checkpoint.update} of {checkpoint.total_updates}" if checkpoint else "no checkpoint yet"
+            raise RunError(f"{self.folder} is not finished ({at}); `gbnzoo train … --resume` goes on with it")
+        return checkpoint, rows[-1]
+
+    # ---- surroundings
+
+    def record_environment(self, environment: Mapping[str, Any]) -> None:
+        """Add one entry to env.json, a list with one entry for each start of the run."""
+        _write(self.folder / "env.json", json.dumps([*self.environments(), environment], indent=1).encode())
+
+    def environments(self) -> list[dict[str, Any]]:
+        path = self.folder / "env.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    # ---- weights
+
+    def save_initial(self, model: Mapping[str, torch.Tensor]) -> None:
+        """Keep the weights before the first update, from which distances are measured."""
+        _write(self.folder / "checkpoints" / "initial.safetensors", _pack(Checkpoint(0, 0, dict(model))))
+
+    def initial_weights(self) -> dict[str, torch.Tensor]:
+        return _unpack((self.folder / "checkpoints" / "initial.safetensors").read_bytes()).model
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint whole or not at all, and drop all but the last two.
+
+        Raises:
+            RunError: if it cannot be written; those before it are untouched.
+        """
+        content = _pack(checkpoint)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        path = self.folder / "checkpoints" / f"update{checkpoint.update:09d}.{digest}.safetensors"
+        try:
+            _write(path, content)
+        except OSError as error:
+            last = next((p.name for p in self._checkpoint_files()), "none")
+            raise RunError(
+                f"cannot write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror}; last good checkpoint: {last}."
+                " Make room and go on with --resume"
+            ) from error
+        for stale in self._checkpoint_files()[_KEEP:]:
+            stale.unlink()
+        return path
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint whose bytes are what was written; a damaged one is passed over with a warning."""
+        for path in self._checkpoint_files():
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] == _CHECKPOINT_NAME.fullmatch(path.name)[2]:
+                return _unpack(content)
+            warnings.warn(
+                f"{path} is damaged (its bytes do not match the hash in its name); using the one before it",
+                stacklevel=2,
+            )
+        return None
+
+    def _checkpoint_files(self) -> list[Path]:
+        """Newest first."""
+        return sorted(
+            (f for f in (self.folder / "checkpoints").glob("update*") if _CHECKPOINT_NAME.fullmatch(f.name)),
+            reverse=True,
+        )
+
+
+def _pack(checkpoint: Checkpoint) -> bytes:
+    tensors = {f"model.{key}": value for key, value in checkpoint.model.items()}
+    scalars: dict[str, Any] = {}
+    for index, state in checkpoint.optimizer.items():
+        for key, value in state.items():
+            (tensors if isinstance(value, torch.Tensor) else scalars)[f"optimizer.{index}.{key}"] = value
+    metadata = {
+        "update": checkpoint.update,
+        "total_updates": checkpoint.total_updates,
+        "scalars": scalars,
+        "progress": checkpoint.progress,
+    }
+    # safetensors keeps shapes, not strides: channels_last weights are laid out plainly first.
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return save(plain, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def _unpack(content: bytes) -> Checkpoint:
+    header_bytes = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
+    model: dict[str, torch.Tensor] = {}
+    optimizer: dict[int, dict[str, Any]] = {}
+    for name, value in (load(content) | json.loads(metadata["scalars"])).items():
+        part, key = name.split(".", 1)
+        if part == "model":
+            model[key] = value
+        else:
+            index, key = key.split(".", 1)
+            optimizer.setdefault(int(index), {})[key] = value
+    update, total_updates, progress = (json.loads(metadata[key]) for key in ("update", "total_updates", "progress"))
+    return Checkpoint(update, total_updates, model, optimizer, progress)
+
+
+def _as_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write aside, sync, rename: `path` holds either what it held or all of `content`."""
+    aside = path.with_name(path.name + ".writing")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    os.replace(aside, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
