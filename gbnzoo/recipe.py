@@ -134,7 +134,7 @@ class Recipe(_Section):
     tag: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] | None = None
     rung: RungName = "ra"
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
 
     @property
     def name(self) -> str:
