@@ -1,45 +1,54 @@
-"""What the convolutional networks share: a pooled linear head with timm's handles on it, and the CIFAR-10 default."""
+"""What all networks here share: a linear head with timm's handles on it, initial weights, and the CIFAR-10 default."""
 
 import torch
 from timm.layers import ClassifierHead
 from torch import nn
 
 
-class ConvNet(nn.Module):
-    """A network that ends in global pooling, dropout and one linear classifier.
+class Classifier(nn.Module):
+    """A network that ends in pooling, dropout and one linear classifier.
 
-    A subclass builds its layers, sets `feature_info`, ends `__init__` with `init_head`, and gives `forward_features`.
+    A subclass builds its layers, sets `feature_info`, ends `__init__` with `init_head`, and has `forward_features`. Where
+    hidden layers take the place of pooling it says so in `pools`.
     """
 
+    pools = True
     grad_checkpointing = False
 
-    def init_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+    def init_head(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """
         Args:
-            num_features: channels of the feature map.
+            in_features: channels, or features, that the head reads.
             num_classes: classes; 0 leaves out the classifier.
             global_pool: pooling of the feature map, by timm's names ("avg", "max", ...; "" for none).
             drop_rate: dropout before the classifier, 0 <= drop_rate < 1.
         """
-        self.num_classes = num_classes
-        self.num_features = num_features
-        self.head = ClassifierHead(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.head_hidden_size = num_features * self.head.global_pool.feat_mult()
+        self.num_features = in_features
+        self.head = ClassifierHead(in_features, 0, pool_type="", drop_rate=drop_rate)
+        self.reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the pooling unless `global_pool` is None.
+
+        Raises:
+            ValueError: if a network that does not pool is asked to.
+        """
+        if global_pool and not self.pools:
+            raise ValueError(
+                f"{type(self).__name__} does not pool: given global_pool={global_pool!r}, wanted '' or None"
+            )
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
     @torch.jit.ignore
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling unless `global_pool` is None."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -48,11 +57,11 @@ class ConvNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def init_he_normal(model: nn.Module) -> None:
-    """He et al.'s convolutions: zero mean, variance 2 / (kernel area · output channels). The rest stays torch's."""
+def init_he_normal(model: nn.Module, mode: str = "fan_out") -> None:
+    """He et al.'s convolutions: zero mean, variance 2 / (kernel area · output or input channels). The rest stays torch's."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
 
 
 def cifar10_cfg(**changes) -> dict:

@@ -13,11 +13,11 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
 from torch import nn
 
-from gbnzoo.models._base import ConvNet, cifar10_cfg, init_he_normal
+from gbnzoo.models._base import Classifier, cifar10_cfg, init_he_normal
 from gbnzoo.norm import GhostBatchNorm2d
 
 
-class CifarResNet(ConvNet):
+class CifarResNet(Classifier):
     """A 3x3 stem without pooling, then stages of basic blocks; every stage but the first halves height and width.
 
     Args:
