@@ -90,8 +90,12 @@ class Run:
             )
         run = cls(folder)
         if run.recipe != recipe:
-            theirs, ours = run.recipe.model_dump(), recipe.model_dump()
-            differing = ", ".join(f"{k} {theirs[k]} there, {ours[k]} now" for k in ours if ours[k] != theirs[k])
+            theirs, ours = _flat(run.recipe.model_dump()), _flat(recipe.model_dump())
+            differing = ", ".join(
+                f"{key} {theirs.get(key)} there, {ours.get(key)} now"
+                for key in theirs | ours
+                if theirs.get(key) != ours.get(key)
+            )
             raise RunError(
                 f"{folder} was started from another recipe ({differing}); go on with that one, or use another --out"
             )
@@ -197,6 +201,14 @@ class Run:
             (f for f in (self.folder / "checkpoints").glob("update*") if _CHECKPOINT_NAME.fullmatch(f.name)),
             reverse=True,
         )
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"base": {"lr": 1}} to {"base.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def _pack(checkpoint: Checkpoint) -> bytes:

@@ -1,0 +1,160 @@
+"""The command line: `gbnzoo quickstart | train | plan | ladder | report | publish`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gbnzoo import report, train
+from gbnzoo.data import load_images
+from gbnzoo.metrics import evaluate
+from gbnzoo.publish import publish, record_result
+from gbnzoo.recipe import load_recipe
+from gbnzoo.regime import RUNGS, Regime, choose_layout
+from gbnzoo.train import plain_errors
+
+app = typer.Typer(
+    help="Ghost-BatchNorm models for timm, and the long large-batch recipes that train them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.main)
+
+QUICKSTART_RECIPE = "recipes/digits/resnet8_thin_gbn.yaml"
+
+RecipePath = Annotated[str, typer.Argument(help="YAML file, e.g. recipes/mnist/mlp5_gbn.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="single keys, e.g. base.epochs=10")]
+DataDir = Annotated[Path | None, typer.Option(help="folder with the data set; else GBNZOO_DATA, else the Hub")]
+Out = Annotated[Path, typer.Option(help="where the runs' folders are made")]
+Hub = Annotated[Path, typer.Option(help="where hub folders and results.csv are kept")]
+Plot = Annotated[Path, typer.Option(help="PNG file of the ladder")]
+
+
+@app.command()
+def quickstart(
+    out: Out = Path("quickstart"),
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each rung")] = 3,
+) -> None:
+    """The whole thread on embedded data: train the ladder on digits, publish its last rung, load it with timm, evaluate."""
+    import timm
+
+    with plain_errors():
+        runs = train_ladder(QUICKSTART_RECIPE, (), range(seeds), out / "runs", data_dir=None)
+        rows = report.ladder_rows(runs)
+        print(report.ladder_table(rows))
+        report.ladder_plot(rows, out / "ladder.png")
+        print(f"\nplot: {out / 'ladder.png'}")
+
+        recipe = load_recipe(QUICKSTART_RECIPE, rung="ra", seed=0)
+        folder = publish(out / "runs" / recipe.run_name, out / "hub")
+        print(f"published: {folder}")
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        test_set = load_images(recipe.data.name, "test")
+        top1_percent = evaluate(model, test_set.batches(train.EVALUATION_BATCH_SIZE)).top1_percent
+        trained = report.top1_percent(out / "runs" / recipe.run_name)
+        print(
+            f"timm.create_model('local-dir:{folder}', pretrained=True): top-1 {top1_percent:.2f} %; its run: {trained:.2f} %"
+        )
+        if top1_percent != trained:
+            raise ValueError("the published weights do not score what their run did")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="devices")] = 1,
+    micro_batch_size: Annotated[int | None, typer.Option(help="samples of one forward pass on one device")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="training images; else the data set is opened")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Print what a run of each rung will do, before it does it."""
+    with plain_errors():
+        recipes = [load_recipe(recipe, overrides or (), rung=rung) for rung in RUNGS]
+        num_samples = num_samples or len(train.load_sets(recipes[0], data_dir)[0])
+        print(
+            f"{recipe}: {recipes[0].model.name} on {recipes[0].data.name}, {num_samples:,} training images, {processes} process(es)\n"
+        )
+        for each in recipes:
+            print(_planned(each.regime(num_samples), processes, micro_batch_size))
+
+
+@app.command()
+def ladder(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rungs: Annotated[str, typer.Option(help="which rungs, in this order")] = " ".join(RUNGS),
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each rung, with seeds 0, 1, …")] = 1,
+    data_dir: DataDir = None,
+    out: Out = Path("runs"),
+    plot: Plot = Path("ladder.png"),
+) -> None:
+    """Train every rung of a recipe, go on with those that were stopped, and print the ladder."""
+    with plain_errors():
+        runs = train_ladder(recipe, overrides or (), range(seeds), out, data_dir=data_dir, rungs=rungs.split())
+        rows = report.ladder_rows(runs)
+        print(report.ladder_table(rows))
+        report.ladder_plot(rows, plot)
+        print(f"\nplot: {plot}")
+
+
+@app.command("publish")
+def publish_command(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    hub: Hub = Path("hub"),
+    only_result: Annotated[bool, typer.Option("--only-result", help="only its row in results.csv, no weights")] = False,
+) -> None:
+    """Make the hub folder of a finished run, byte for byte what the Hub gets, and its row in results.csv."""
+    with plain_errors():
+        print(record_result(run, hub) if only_result else publish(run, hub))
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs")],
+    plot: Plot = Path("ladder.png"),
+) -> None:
+    """Print the ladder of runs as a table, mean and sample standard deviation over seeds, and plot it."""
+    with plain_errors():
+        rows = report.ladder_rows(runs)
+        print(report.ladder_table(rows))
+        report.ladder_plot(rows, plot)
+        print(f"\nplot: {plot}")
+
+
+def train_ladder(
+    recipe: str,
+    overrides: Sequence[str],
+    seeds: Iterable[int],
+    out: Path,
+    *,
+    data_dir: Path | None,
+    rungs: Sequence[str] = tuple(RUNGS),
+) -> list[Path]:
+    """Train the rungs of a recipe for each seed, going on with those that were stopped; returns the runs' folders."""
+    recipes = [load_recipe(recipe, overrides, rung=rung, seed=seed) for seed in seeds for rung in rungs]
+    return [train.train(each, data_dir=data_dir, out=out, resume=True) for each in recipes]
+
+
+def _planned(regime: Regime, processes: int, micro_batch_size: int | None) -> str:
+    """One rung's plan as a paragraph."""
+    moments = {0, regime.warmup_updates, *regime.milestones, regime.total_updates - 1}
+    rates = ", ".join(f"{regime.lr_at(u):.4g} at {u:,}" for u in sorted(moments) if u < regime.total_updates)
+    clip = f", gradient norm clipped at {regime.clip_grad_norm:g}" if regime.clip_grad_norm else ""
+    try:
+        layout = choose_layout(
+            regime.batch_size, regime.ghost_batch_size, processes=processes, micro_batch_size=micro_batch_size
+        )
+        spread = (
+            f"{processes} process(es) × {layout.accumulation} accumulation × micro-batch {layout.micro_batch_size:,}"
+        )
+    except ValueError as error:
+        spread = f"not as asked: {error}"
+    return (
+        f"{regime.rung.name:4} batch {regime.batch_size:,} = {regime.num_ghosts} ghost(s) of {regime.ghost_batch_size:,}\n"
+        f"     {spread}\n"
+        f"     {regime.total_updates:,} updates, {regime.epochs:,.1f} epochs, {regime.samples_seen:,} samples seen\n"
+        f"     learning rate {rates} (update){clip}"
+    )

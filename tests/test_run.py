@@ -1,0 +1,142 @@
+"""The run folder: what is written survives kills, damage and full disks, and reads back the same."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from gbnzoo import run as run_module
+from gbnzoo.recipe import load_recipe
+from gbnzoo.run import LOG_COLUMNS, Checkpoint, Run, RunError
+
+
+@pytest.fixture
+def recipe():
+    return load_recipe("recipes/digits/resnet8_thin_gbn.yaml")
+
+
+@pytest.fixture
+def run(recipe, tmp_path):
+    return Run.start(recipe, tmp_path, resume=False)
+
+
+def checkpoint(update, value=1.0):
+    weight = torch.full((2, 3, 4, 4), value).to(memory_format=torch.channels_last)
+    return Checkpoint(
+        update,
+        10,
+        {"conv.weight": weight, "bn.num_batches_tracked": torch.tensor(7), "half": torch.ones(2, dtype=torch.bfloat16)},
+        {
+            0: {"momentum_buffer": weight * 2, "step": 5},
+            11: {"momentum_buffer": torch.arange(3.0, dtype=torch.float64)},
+        },
+        {"loss_sum": 0.1 + 0.2, "row_updates": 3},
+    )
+
+
+def row(update, **cells):
+    return dict.fromkeys(LOG_COLUMNS, 0.5) | {"update": update} | cells
+
+
+def test_a_checkpoint_reads_back_every_tensor_and_number(run):
+    written = checkpoint(4)
+    run.save_checkpoint(written)
+    read = run.latest_checkpoint()
+    assert (read.update, read.total_updates, read.progress) == (4, 10, written.progress)
+    for key, value in written.model.items():
+        assert read.model[key].dtype == value.dtype
+        assert torch.equal(read.model[key], value)
+    assert read.optimizer[0]["step"] == 5
+    assert torch.equal(read.optimizer[0]["momentum_buffer"], written.optimizer[0]["momentum_buffer"])
+    assert torch.equal(read.optimizer[11]["momentum_buffer"], torch.arange(3.0, dtype=torch.float64))
+
+
+def test_the_last_two_checkpoints_are_kept(run):
+    for update in (1, 2, 3):
+        run.save_checkpoint(checkpoint(update))
+    assert sorted(path.name[:15] for path in (run.folder / "checkpoints").iterdir()) == [
+        "update000000002",
+        "update000000003",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_checkpoint_is_passed_over_loudly(run, damage):
+    run.save_checkpoint(checkpoint(1))
+    newest = run.save_checkpoint(checkpoint(2))
+    content = bytearray(newest.read_bytes())
+    if damage == "truncate":
+        del content[-100:]
+    else:
+        content[-5] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"update000000002.* is damaged"):
+        assert run.latest_checkpoint().update == 1
+
+
+def test_a_full_disk_is_named_and_loses_nothing(run, monkeypatch):
+    run.save_checkpoint(checkpoint(1))
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(RunError, match=r"No space left on device; last good checkpoint: update000000001.* --resume"):
+        run.save_checkpoint(checkpoint(2))
+    assert run.latest_checkpoint().update == 1
+    assert [path.name[:15] for path in (run.folder / "checkpoints").iterdir()] == ["update000000001"]
+
+
+def test_a_kill_before_the_rename_leaves_the_checkpoint_before(run, monkeypatch):
+    run.save_checkpoint(checkpoint(1))
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(checkpoint(2))
+    assert run.latest_checkpoint().update == 1
+
+
+def test_the_log_is_rewound_to_a_checkpoint(run):
+    for update in (1, 2, 5, 9):
+        run.log(row(update))
+    run.rewind_log(5)
+    assert [int(r["update"]) for r in run.rows()] == [1, 2, 5]
+    run.log(row(6, split="test"))
+    assert run.rows()[-1] == {column: str(value) for column, value in row(6, split="test").items()}
+
+
+def test_a_row_cut_short_is_no_row(run):
+    run.log(row(1))
+    with open(run.folder / "log.csv", "a") as file:
+        file.write("2,0.5,0.")
+    assert [r["update"] for r in run.rows()] == ["1"]
+
+
+def test_an_unfinished_run_says_how_far_it_is(run):
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        run.finished()
+    run.log(row(4))
+    run.save_checkpoint(checkpoint(4))
+    with pytest.raises(RunError, match=r"is not finished \(update 4 of 10\).*--resume"):
+        run.finished()
+    run.log(row(10))
+    run.save_checkpoint(checkpoint(10))
+    assert run.finished()[1]["update"] == "10"
+
+
+def test_a_run_is_never_overwritten(run, recipe, tmp_path):
+    with pytest.raises(RunError, match="already holds a run; --resume goes on with it"):
+        Run.start(recipe, tmp_path, resume=False)
+    assert Run.start(recipe, tmp_path, resume=True).folder == run.folder
+    other = load_recipe("recipes/digits/resnet8_thin_gbn.yaml", ["base.epochs=11"])
+    with pytest.raises(RunError, match=r"was started from another recipe \(base.epochs 10.0 there, 11.0 now\)"):
+        Run.start(other, tmp_path, resume=True)
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="is not a run: it holds no recipe.yaml"):
+        Run(tmp_path)
