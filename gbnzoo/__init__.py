@@ -1,1 +1,22 @@
 """Ghost-BatchNorm models for timm. Importing this package registers every architecture with timm."""
+
+import gbnzoo.models  # noqa: F401
+from gbnzoo.norm import (
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    GhostBatchNormAct2d,
+    convert_ghost_batchnorm,
+    revert_ghost_batchnorm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "GhostBatchNormAct2d",
+    "convert_ghost_batchnorm",
+    "revert_ghost_batchnorm",
+]

@@ -74,9 +74,8 @@ def plan(
     with plain_errors():
         recipes = [load_recipe(recipe, overrides or (), rung=rung) for rung in RUNGS]
         num_samples = num_samples or len(train.load_sets(recipes[0], data_dir)[0])
-        print(
-            f"{recipe}: {recipes[0].model.name} on {recipes[0].data.name}, {num_samples:,} training images, {processes} process(es)\n"
-        )
+        what = f"{recipes[0].model.name} on {recipes[0].data.name}"
+        print(f"{recipe}: {what}, {num_samples:,} training images, {processes} process(es)\n")
         for each in recipes:
             print(_planned(each.regime(num_samples), processes, micro_batch_size))
 

@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import gbnzoo.models  # noqa: F401  (registers the architectures)
+import gbnzoo.models
 from gbnzoo.data import Augment, GlobalBatches, ImageSet, keyed_normal, load_images
 from gbnzoo.metrics import Metrics, evaluate
 from gbnzoo.norm import gathered_running_statistics, shard_running_statistics
@@ -125,8 +125,11 @@ class Trainer:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
 
-        self.train_set, self.scored_set = load_sets(recipe, data_dir)
+        dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.train_set, self.scored_set = (images.to(self.device) for images in load_sets(recipe, data_dir))
         self.regime = regime = recipe.regime(len(self.train_set))
+        self.batches = GlobalBatches(len(self.train_set), regime.batch_size, recipe.seed)
+        self.augment = Augment(self.train_set, recipe.data.augment, recipe.seed, dtype)
         self.layout = choose_layout(
             regime.batch_size,
             regime.ghost_batch_size,
@@ -134,44 +137,6 @@ class Trainer:
             micro_batch_size=micro_batch_size,
             max_micro_batch_size=512 if self.device.type == "cpu" else 4096,
         )
-        self.bare_model = build_model(recipe, self.train_set, regime.ghost_batch_size)
-        if self.accelerator.is_main_process:
-            Run.start(recipe, out, resume=resume)
-        self.accelerator.wait_for_everyone()
-        self.run = Run(folder)
-        self._prepare(self.run.latest_checkpoint())
-        self.accelerator.init_trackers("gbnzoo", config={"recipe": recipe.run_name})
-
-    def _prepare(self, checkpoint: Checkpoint | None) -> None:
-        """Put model, optimizer and log where the checkpoint has them, or at the start."""
-        regime, recipe = self.regime, self.recipe
-        dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-        self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
-        self.parameters = list(self.bare_model.parameters())
-        optimizer = build_optimizer(recipe.optimizer, self.bare_model)
-        self.first_update = checkpoint.update if checkpoint else 0
-        progress = {"loss_sum": 0.0, "row_updates": 0, "row_seconds": 0.0, "train_seconds": 0.0}
-        if checkpoint:
-            self.bare_model.load_state_dict(checkpoint.model)
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint.optimizer})
-            progress = checkpoint.progress
-        if self.accelerator.is_main_process:
-            if not checkpoint:
-                self.run.save_initial(self.bare_model.state_dict())
-            self.run.rewind_log(self.first_update)
-            if self.first_update < regime.total_updates:
-                self.run.record_environment(self._environment())
-        self.accelerator.wait_for_everyone()
-        initial = self.run.initial_weights()
-        self.initial = [initial[name].to(self.device) for name, _ in self.bare_model.named_parameters()]
-        # BatchNorm's buffers are merged by hand, exactly, where they are read; see gbnzoo.norm.
-        shard_running_statistics(self.bare_model, self.rank, self.world_size)
-        self.model, self.optimizer = self.accelerator.prepare(self.bare_model, optimizer)
-
-        self.train_set = self.train_set.to(self.device)
-        self.scored_set = self.scored_set.to(self.device)
-        self.batches = GlobalBatches(len(self.train_set), regime.batch_size, recipe.seed)
-        self.augment = Augment(self.train_set, recipe.data.augment, recipe.seed, dtype)
         self.positions = [
             torch.tensor([position for ghost in ghosts for position in ghost])
             for ghosts in self.layout.micro_batches(self.rank)
@@ -181,14 +146,48 @@ class Trainer:
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
         # To ask at every update whether the loss is finite, or a checkpoint due, makes a GPU or other processes wait.
         self.poll_updates = 1 if self.device.type == "cpu" and self.world_size == 1 else 20
-        self.first_bad_update = torch.tensor(total, device=self.device)
+
+        self.bare_model = build_model(recipe, self.train_set, regime.ghost_batch_size)
+        self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
+        self.parameters = list(self.bare_model.parameters())
+        optimizer = build_optimizer(recipe.optimizer, self.bare_model)
+
+        # Nothing is written before all of the above has been found to fit together.
+        if self.accelerator.is_main_process:
+            Run.start(recipe, out, resume=resume)
+        self.accelerator.wait_for_everyone()
+        self.run = Run(folder)
+        self.model, self.optimizer = self._begin(self.run.latest_checkpoint(), optimizer)
+        self.accelerator.init_trackers("gbnzoo", config={"recipe": recipe.run_name})
+
+    def _begin(self, checkpoint: Checkpoint | None, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Put model, optimizer and log where the checkpoint has them, or at the start; returns Accelerate's of both."""
+        progress = {"loss_sum": 0.0, "row_updates": 0, "row_seconds": 0.0, "train_seconds": 0.0}
+        self.first_update = 0
+        if checkpoint:
+            self.bare_model.load_state_dict(checkpoint.model)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint.optimizer})
+            self.first_update, progress = checkpoint.update, checkpoint.progress
+        if self.accelerator.is_main_process:
+            if not checkpoint:
+                self.run.save_initial(self.bare_model.state_dict())
+            self.run.rewind_log(self.first_update)
+            if self.first_update < self.regime.total_updates:
+                self.run.record_environment(self._environment())
+        self.accelerator.wait_for_everyone()
+        initial = self.run.initial_weights()
+        self.initial = [initial[name].to(self.device) for name, _ in self.bare_model.named_parameters()]
+        # BatchNorm's buffers are merged by hand, exactly, where they are read; see gbnzoo.norm.
+        shard_running_statistics(self.bare_model, self.rank, self.world_size)
+
+        self.first_bad_update = torch.tensor(self.regime.total_updates, device=self.device)
         # Kept as this process's part; the first carries on what a checkpoint summed up.
-        self.loss_sum = torch.tensor(
-            progress["loss_sum"] if self.rank == 0 else 0.0, dtype=torch.float64, device=self.device
-        )
+        loss_sum = progress["loss_sum"] if self.rank == 0 else 0.0
+        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=self.device)
         self.row_updates = int(progress["row_updates"])
         self._clock_zero = time.perf_counter() - progress["train_seconds"]
         self.row_began = progress["train_seconds"] - progress["row_seconds"]
+        return self.accelerator.prepare(self.bare_model, optimizer)
 
     @property
     def train_seconds(self) -> float:
@@ -349,8 +348,11 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "hardware": _hardware(self.device),
             "commit": _commit(),
-            "versions": {name: version(name) for name in ("gbnzoo", "torch", "timm", "accelerate")}
-            | {"python": platform.python_version()},
+            "versions": {
+                "gbnzoo": gbnzoo.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "timm", "accelerate")},
+            },
             "data": {
                 "num_samples": len(train_set),
                 "scored_split": self.scored_set.split,

@@ -88,7 +88,7 @@ def test_lr_scaling_may_be_linear_or_none():
 
 def test_a_run_without_an_update_is_refused():
     with pytest.raises(
-        ValueError, match="rung lb would make no update: 1 epochs of 1297 samples in batches of 4096; at least 3.16"
+        ValueError, match=r"rung lb would make no update: 1 epochs of 1297 samples in batches of 4096; at least 3.16"
     ):
         derive_regime("lb", **RESNET44 | {"num_samples": 1297, "epochs": 1})
 
@@ -123,9 +123,9 @@ def test_the_largest_micro_batch_of_whole_ghosts_is_chosen():
 
 
 def test_layouts_that_do_not_fit_name_those_that_do():
-    with pytest.raises(ValueError, match="over 6 processes .* 1, 2, 4, 8, 16 or 32 processes fit"):
+    with pytest.raises(ValueError, match=r"over 6 processes .* 1, 2, 4, 8, 16 or 32 processes fit"):
         choose_layout(4096, 128, processes=6)
-    with pytest.raises(ValueError, match="micro_batch_size 100 .* 128, 256, 512 or 1024 fit"):
+    with pytest.raises(ValueError, match=r"micro_batch_size 100 .* 128, 256, 512 or 1024 fit"):
         choose_layout(4096, 128, processes=4, micro_batch_size=100)
 
 

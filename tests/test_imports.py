@@ -1,0 +1,59 @@
+"""Imports run downward only: the architecture as a test."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gbnzoo
+
+PACKAGE = Path(gbnzoo.__file__).parent
+MAY_IMPORT = {
+    "kernels": set(),
+    "norm": {"kernels"},
+    "regime": set(),
+    "data": set(),
+    "metrics": set(),
+    "models": {"norm"},
+    "recipe": {"regime"},
+    "run": {"recipe"},
+    "train": {"models", "recipe", "data", "metrics", "run", "regime", "norm"},
+    "card": {"recipe", "run", "regime"},
+    "publish": {"models", "recipe", "run", "card"},
+    "report": {"run", "card"},
+    "cli": {"report", "train", "data", "metrics", "publish", "recipe", "regime", "models"},
+    "__init__": {"norm", "models"},
+}
+WITHOUT_TORCH = {"regime", "recipe", "card"}
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            # `from gbnzoo import report` names the module in its tail.
+            if node.module == "gbnzoo":
+                yield from (f"gbnzoo.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: f.relative_to(PACKAGE).as_posix())
+def test_a_module_imports_only_what_lies_below_it(file):
+    module = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    ours = {name.split(".")[1] for name in imported(file) if name.startswith("gbnzoo.")}
+    assert ours <= MAY_IMPORT[module] | {module}
+
+
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
+def test_arithmetic_and_text_need_no_torch(module):
+    assert not {"torch", "timm"} & {name.split(".")[0] for name in imported(PACKAGE / f"{module}.py")}
+
+
+def test_regime_is_the_standard_library_alone():
+    assert {name.split(".")[0] for name in imported(PACKAGE / "regime.py")} <= {
+        "math",
+        "dataclasses",
+        "fractions",
+        "typing",
+    }

@@ -1,0 +1,196 @@
+"""Training: the same end whatever the layout or the interruptions, and clear words where it cannot go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gbnzoo.recipe import load_recipe
+from gbnzoo.run import TIMED_COLUMNS, Run, RunError
+from gbnzoo.train import DivergedError, build_model, build_optimizer, load_sets, train
+
+DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
+SHORT = ["base.epochs=2", "base.milestones=[1]", "evaluations=2", "large.batch_size=64"]
+
+
+def trained(tmp_path, *overrides, rung="gbn", seed=0, **options):
+    recipe = load_recipe(DIGITS, [*SHORT, *overrides], rung=rung, seed=seed)
+    return Run(train(recipe, out=tmp_path, show_progress=False, **options))
+
+
+def final_weights(run):
+    return run.finished()[0].model
+
+
+def comparable(rows):
+    return [{k: v for k, v in row.items() if k not in TIMED_COLUMNS} for row in rows]
+
+
+def test_a_run_ends_at_its_last_update_with_its_log_complete(tmp_path):
+    run = trained(tmp_path)
+    checkpoint, last = run.finished()
+    # 1297 training digits: floor(2 · 1297 / 64) = 40 updates; logged eight a decade and at both evaluations.
+    assert checkpoint.update == 40
+    assert [int(row["update"]) for row in run.rows()] == [1, 2, 3, 4, 6, 7, 10, 13, 18, 20, 24, 32, 40]
+    assert [row["update"] for row in run.rows() if row["top1_percent"]] == ["20", "40"]
+    assert all(
+        row[c] for row in run.rows() for c in ("lr", "train_loss", "grad_norm", "weight_distance", "images_per_second")
+    )
+    assert last["split"] == "test"
+    assert float(last["top1_percent"]) > 60  # chance is 10
+    assert run.environments()[0]["data"]["num_samples"] == 1297
+
+
+def test_logged_distances_are_those_of_the_weights(tmp_path):
+    run = trained(tmp_path)
+    checkpoint, last = run.finished()
+    initial = run.initial_weights()
+    parameters = [name for name in initial if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    flat, flat_0 = (torch.cat([w[name].double().flatten() for name in parameters]) for w in (checkpoint.model, initial))
+    assert float(last["weight_distance"]) == pytest.approx(torch.dist(flat, flat_0).item(), rel=1e-6)
+    first = torch.dist(checkpoint.model["conv1.weight"], initial["conv1.weight"]).item()
+    assert float(last["weight_distance_first"]) == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_size", [16, 32])
+def test_accumulation_changes_nothing(tmp_path, micro_batch_size):
+    exact = ["precision=fp64", "base.epochs=0.5", "base.milestones=[]", "data.augment=pad1_crop"]
+    whole = final_weights(trained(tmp_path / "whole", *exact, micro_batch_size=64))
+    parts = final_weights(trained(tmp_path / "parts", *exact, micro_batch_size=micro_batch_size))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_small_batch_rung_is_plain_sgd_on_plain_batchnorm(tmp_path):
+    """The trainer against a loop in plain torch: nn.BatchNorm2d, torch.optim.SGD, MultiStepLR's rates."""
+    run = trained(tmp_path, "precision=fp64", rung="sb")
+    recipe = run.recipe
+    train_set, _ = load_sets(recipe, None)
+    model = build_model(recipe, train_set, ghost_batch_size=None).double()
+    from gbnzoo.data import GlobalBatches
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [81], 0.1)  # floor(1 · 1297 / 16)
+    batches = GlobalBatches(len(train_set), 16, seed=0)
+    images = (train_set.images.permute(0, 3, 1, 2).double() / 255 - train_set.mean[0]) / train_set.std[0]
+    for update in range(162):  # floor(2 · 1297 / 16)
+        indices, _ = batches.at(update)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[indices]), train_set.labels[indices]).backward()
+        optimizer.step()
+        schedule.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
+    """kill -9 in the middle, resumed; the log and the weights equal an uninterrupted run's to the bit."""
+    whole = trained(tmp_path / "whole", rung="sb")
+    arguments = [
+        "-m",
+        "gbnzoo.train",
+        DIGITS,
+        "--rung",
+        "sb",
+        "--out",
+        str(tmp_path / "killed"),
+        "--checkpoint-seconds",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *arguments, *SHORT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "killed" / whole.folder.name
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "log.csv").exists() and len(Run(folder).rows()) > 8:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    stopped_at = Run(folder).latest_checkpoint().update
+    assert 0 < stopped_at < 162
+    resumed = trained(tmp_path / "killed", rung="sb", resume=True)
+    assert [e["first_update"] for e in resumed.environments()] == [0, stopped_at]
+    assert comparable(resumed.rows()) == comparable(whole.rows())
+    for name, value in final_weights(whole).items():
+        assert torch.equal(final_weights(resumed)[name], value), name
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run = trained(tmp_path)
+    before = {
+        path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file() and path.name != "log.csv"
+    }
+    rows = run.rows()
+    trained(tmp_path, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert run.rows() == rows
+    with pytest.raises(RunError, match="already holds a run"):
+        trained(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path):
+    with pytest.raises(
+        DivergedError, match=r"(loss|weight) is not finite after update \d+ at learning rate .*last good: no checkpoint"
+    ):
+        trained(tmp_path, "base.lr=1e30", rung="lb")
+
+
+def test_rungs_of_one_seed_start_from_the_same_weights():
+    train_set, _ = load_sets(load_recipe(DIGITS), None)
+    small, large, other = (
+        build_model(load_recipe(DIGITS, rung=rung, seed=seed), train_set, ghost).state_dict()
+        for rung, seed, ghost in (("sb", 0, 16), ("ra", 0, 16), ("ra", 1, 16))
+    )
+    assert all(torch.equal(small[name], large[name]) for name in small)
+    assert any(not torch.equal(small[name], other[name]) for name in small)
+
+
+def test_bf16_trains(tmp_path):
+    run = trained(tmp_path, "precision=bf16")
+    assert float(run.finished()[1]["top1_percent"]) > 60
+    assert all(value.dtype == torch.float32 for name, value in final_weights(run).items() if name.endswith("weight"))
+
+
+def test_multiplicative_noise_acts_from_rung_lr_on(tmp_path):
+    noise = "gradient_noise={kind: multiplicative, sigma: 0.5}"
+    for rung, acts in (("lb", False), ("lr", True)):
+        plain = final_weights(trained(tmp_path / "plain", rung=rung))
+        noisy = final_weights(trained(tmp_path / "noisy", noise, rung=rung))
+        assert any(not torch.equal(plain[name], noisy[name]) for name in plain) == acts
+
+
+def test_sgd_is_the_papers_unless_nesterov_is_asked_for():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    settings = load_recipe(DIGITS).optimizer
+    assert build_optimizer(settings, model).param_groups[0]["nesterov"] is False
+    assert build_optimizer(settings.model_copy(update={"nesterov": True}), model).param_groups[0]["nesterov"] is True
+    spared = build_optimizer(settings.model_copy(update={"decay_norm_and_bias": False}), model).param_groups
+    decays = {id(p): group["weight_decay"] for group in spared for p in group["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [1e-4, 0, 0, 0]
+
+
+def test_a_held_out_split_is_scored_in_place_of_the_test_split(tmp_path):
+    run = trained(tmp_path, "data.holdout=297")
+    assert run.environments()[0]["data"]["num_samples"] == 1000
+    assert run.finished()[1]["split"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("override", "options", "message"),
+    [
+        ("model.name=resnet9000_gbn", {}, "model.name 'resnet9000_gbn' is no architecture"),
+        ("data.augment=cutout", {}, "data.augment 'cutout' is not known"),
+        ("seed=0", {"micro_batch_size": 24}, "micro_batch_size 24 does not cut batch_size 64"),
+        ("seed=0", {"tracker": "mlflow"}, "tracker 'mlflow': wanted one of tensorboard, trackio, wandb"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, override, options, message):
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, override, **options)
+    assert list(tmp_path.iterdir()) == []
