@@ -13,7 +13,6 @@ class Classifier(nn.Module):
     """
 
     pools = True
-    grad_checkpointing = False
 
     def init_head(self, in_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """
@@ -23,6 +22,7 @@ class Classifier(nn.Module):
             global_pool: pooling of the feature map, by timm's names ("avg", "max", ...; "" for none).
             drop_rate: dropout before the classifier, 0 <= drop_rate < 1.
         """
+        self.grad_checkpointing = False
         self.num_features = in_features
         self.head = ClassifierHead(in_features, 0, pool_type="", drop_rate=drop_rate)
         self.reset_classifier(num_classes, global_pool)
