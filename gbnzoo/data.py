@@ -1,0 +1,594 @@
+"""Image sets held whole in memory, the order of their batches, and augmentation.
+
+Everything random is a pure function of (seed, stream, epoch, index): a counter is hashed, no generator is advanced. So the
+same images come in the same batches on any machine, however they are spread out, and a resumed run needs no state.
+
+Source: the hash is splitmix64 (Steele, Lea and Flood 2014).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub.constants
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import psutil
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
+
+if TYPE_CHECKING:
+    import datasets
+
+Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # images, labels, class names
+SPLITS = ("train", "validation", "test")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---- image sets ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What a data set must look like, and how it is normalised. None is not checked."""
+
+    hub_id: str | None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    image_mode: str = "RGB"
+    image_size: int | None = None
+    num_classes: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    converts_images: bool = False
+    resize_to: int | None = None
+
+
+# Mean and standard deviation of the training pixels, scaled to 0..1, as the field rounds them.
+DATASETS = {
+    "mnist": DatasetSpec("ylecun/mnist", (0.1307,), (0.3081,), "L", 28, 10, "image", "label"),
+    "cifar10": DatasetSpec(
+        "uoft-cs/cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "RGB", 32, 10, "img", "label"
+    ),
+    "cifar100": DatasetSpec(
+        "uoft-cs/cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "RGB", 32, 100, "img", "fine_label"
+    ),
+    "digits": DatasetSpec(None, (0.3059,), (0.3754,), "L", 8, 10),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """One split of a data set, all of it on one device.
+
+    Args:
+        images: uint8 [n, H, W, C].
+        labels: int64 [n], 0 <= label < classes.
+        class_names: one for each class.
+        mean, std: one for each channel, of pixels scaled to 0..1.
+        name: as in DATASETS, or the Hub id.
+        split: one of SPLITS.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        height, width, channels = self.images.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def batches(
+        self, batch_size: int, dtype: torch.dtype = torch.float32, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images [b, C, H, W] and their labels [b], in order, the last batch as large as it comes out.
+
+        With several processes, each gets its own consecutive share; together they get every image once.
+        """
+        normalise = Normalise(self, dtype)
+        start, stop = (len(self) * r // world_size for r in (rank, rank + 1))
+        for i in range(start, stop, batch_size):
+            batch = slice(i, min(i + batch_size, stop))
+            yield normalise(self.images[batch]), self.labels[batch]
+
+
+class Normalise:
+    """uint8 [b, H, W, C] to (x / 255 - mean) / std as [b, C, H, W] in channels_last.
+
+    Each step rounds by itself (no fused multiply-add), so an image comes out the same to the bit in any batch. bf16 and fp16
+    are rounded from float32.
+    """
+
+    def __init__(self, image_set: ImageSet, dtype: torch.dtype):
+        self.dtype = dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        width, device = image_set.images.shape[2], image_set.images.device
+        # A whole row of pixels: with the channels alone, the innermost loop would be three long.
+        self.mean, self.std = (
+            torch.tensor(values, dtype=self.wide, device=device).mul(255).repeat(width)
+            for values in (image_set.mean, image_set.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.flatten(2).to(self.wide).sub_(self.mean).div_(self.std).to(self.dtype)
+        return x.view(images.shape).permute(0, 3, 1, 2)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_images(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    holdout: int = 0,
+    image_size: int | None = None,
+    image_mode: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+) -> ImageSet:
+    """One split of a data set, decoded.
+
+    Comes from parquet files under `data_dir` (or the environment variable GBNZOO_DATA) where one is given, else from the Hub;
+    scikit-learn's `digits` need neither. What was decoded is kept beside the caches of `datasets`, for as long as the source
+    does not change. Sets outside DATASETS are converted to `image_mode`, and normalised with ImageNet's constants (RGB) or
+    with mean and standard deviation 0.5 (L).
+
+    Args:
+        name: a key of DATASETS, a Hub id such as `zalando-datasets/fashion_mnist`, or `imagefolder`. The last 500 of digits'
+            1797 images are its test split.
+        split: one of SPLITS.
+        data_dir: for `imagefolder` the folder itself, else the one that holds the parquet files, or holds `<name>/` with them.
+        holdout: so many training images, stratified by class and the same for every seed, are "validation"; "train" is the
+            rest. 0 trains on all of them, and "validation" is the source's own split, if it has one.
+        image_size: resize the shorter side to this (bicubic) and crop the centre. None leaves images as they are; they must
+            then be of one size.
+        image_mode: PIL mode, "L" or "RGB"; None is that of DATASETS, or RGB.
+        image_column, label_column, num_classes: None is as in DATASETS, or whatever the source has.
+
+    Raises:
+        ValueError: if an argument is impossible; if columns, classes, image mode or size are not those wanted; if the images
+            would take over half of the free memory.
+        OSError: if the files are missing or broken, or the Hub cannot be reached.
+        ModuleNotFoundError: if scikit-learn is missing for digits.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+    data_dir = data_dir or os.environ.get("GBNZOO_DATA")
+    folder = Path(data_dir).expanduser() if data_dir else None
+    given = {
+        "image_mode": image_mode,
+        "image_column": image_column,
+        "label_column": label_column,
+        "num_classes": num_classes,
+        "resize_to": image_size,
+    }
+    name, spec = _find_spec(name, folder, {key: value for key, value in given.items() if value is not None})
+    source_split = "train" if split == "validation" and holdout else split
+    read = _read_digits if name == "digits" else _read_cached
+    images, labels, class_names = read(name, spec, source_split, folder)
+    if holdout and source_split == "train":
+        if not 0 < holdout < len(labels):
+            raise ValueError(f"{name}: data.holdout {holdout} of {len(labels)} training images must leave some of both")
+        kept = _stratified(labels, holdout) == (split == "validation")
+        images, labels = images[kept], labels[kept]
+    return ImageSet(images, labels, class_names, spec.mean, spec.std, name, split)
+
+
+def _find_spec(name: str, folder: Path | None, given: dict[str, Any]) -> tuple[str, DatasetSpec]:
+    """The set's name here, and what it must look like; what is given goes before what DATASETS says."""
+    name = next((known for known, spec in DATASETS.items() if name == spec.hub_id), name)
+    if name not in DATASETS and name != "imagefolder" and "/" not in name and not folder:
+        raise ValueError(
+            f"data.name {name!r} is not known; wanted {', '.join(DATASETS)}, imagefolder, a Hub id such as uoft-cs/cifar10,"
+            " or parquet files under --data-dir or GBNZOO_DATA"
+        )
+    spec = replace(DATASETS.get(name, DatasetSpec(name, converts_images=True)), **given)
+    if spec.image_mode not in ("L", "RGB"):
+        raise ValueError(f"image_mode {spec.image_mode!r} is neither L nor RGB")
+    if spec.converts_images and spec.image_mode == "L":
+        spec = replace(spec, mean=(0.5,), std=(0.5,))
+    return name, spec
+
+
+def _read_digits(name: str, spec: DatasetSpec, split: str, folder: Path | None) -> Arrays:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the digits come with scikit-learn: pip install 'gbnzoo[quickstart]'") from error
+    splits = {"train": slice(-500), "test": slice(-500, None)}
+    _check_split(name, split, splits)
+    digits = load_digits()
+    grey = np.rint(digits.images[splits[split]] * (255 / 16)).astype(np.uint8)  # they range over 0..16
+    images = _decode(map(PIL.Image.fromarray, grey), len(grey), spec, f"{name} {split}")
+    labels = torch.from_numpy(digits.target[splits[split]].astype(np.int64))
+    return images, labels, tuple(map(str, digits.target_names))
+
+
+def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) -> Arrays:
+    """The split from its cached copy, if the source is what it was; else from the source, and a copy made."""
+    where = f"{name} {split}"
+    if folder or name == "imagefolder":
+        folder = _source_folder(name, spec, folder)
+        files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+        fingerprint = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    else:
+        tables = _load_tables(name, spec.hub_id, cure="its parquet files can be given by --data-dir or GBNZOO_DATA")
+        fingerprint = [table.cache_files for table in tables.values()]  # their paths carry the Hub's commit
+    key = hashlib.sha256(repr((fingerprint, split, spec)).encode()).hexdigest()[:16]
+    # The place where `datasets` keeps its own, found without importing it, which takes a second.
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets") / "gbnzoo"
+    cached = cache / f"{name.replace('/', '--')}-{split}-{key}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError), safe_open(cached, "pt") as file:
+        _check_memory(cached.stat().st_size, where)
+        return file.get_tensor("images"), file.get_tensor("labels"), tuple(json.loads(file.metadata()["class_names"]))
+
+    with tempfile.TemporaryDirectory(prefix="gbnzoo-", ignore_cleanup_errors=True) as scratch:
+        if folder:
+            # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
+            kind = "imagefolder" if name == "imagefolder" else "parquet"
+            tables = _load_tables(name, kind, data_dir=str(folder), cache_dir=scratch, cure="the files may be broken")
+        _check_split(name, split, tables)
+        labels, class_names = _labels(tables[split], spec, where)
+        images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
+    with contextlib.suppress(OSError, SafetensorError):  # where nothing can be kept, the next run decodes again
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as aside:
+            whole = Path(aside) / cached.name
+            save_file({"images": images, "labels": labels}, whole, {"class_names": json.dumps(class_names)})
+            whole.replace(cached)
+    return images, labels, class_names
+
+
+def _source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
+    """The folder with the set's own files.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if name == "imagefolder":
+        if folder and folder.is_dir():
+            return folder
+        raise FileNotFoundError(
+            f"imagefolder: {folder or 'no folder'} given, wanted one with train/<class>/ and test/<class>/ full of images, as"
+            " --data-dir or GBNZOO_DATA"
+        )
+    for candidate, pattern in ((folder / name, "**/*.parquet"), (folder, "*.parquet")):
+        if any(candidate.glob(pattern)):
+            return candidate
+    raise FileNotFoundError(
+        f"{name}: no parquet files in {folder / name} or {folder}; wanted train-*.parquet and test-*.parquet in the folder"
+        f" given as --data-dir or GBNZOO_DATA, or neither of these, to load {spec.hub_id} from the Hub"
+    )
+
+
+def _load_tables(name: str, path: str, *, cure: str, **options: str) -> "datasets.DatasetDict":
+    """`datasets.load_dataset`, its many errors made one.
+
+    Raises:
+        OSError: if the set cannot be loaded.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(path, **options)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        source = options.get("data_dir", f"{path} on the Hub")
+        raise OSError(f"{name}: cannot load {source}: {error.__cause__ or error}; {cure}") from error
+
+
+def _check_split(name: str, split: str, found: Iterable[str]) -> None:
+    if split not in found:
+        cure = "; data.holdout: N keeps N of the training images for it" if split == "validation" else ""
+        raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}{cure}")
+
+
+def _labels(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels int64 [n] and class names, checked."""
+    column = _column(table, "ClassLabel", spec.label_column, f"{where}: data.label_column")
+    class_names = tuple(table.features[column].names)
+    if spec.num_classes not in (None, len(class_names)):
+        raise ValueError(
+            f"{where}: column {column} has {len(class_names)} classes, wanted {spec.num_classes}; data.num_classes or"
+            " data.label_column may be wrong"
+        )
+    labels = table.with_format("numpy")[column][:]
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise ValueError(
+            f"{where}: labels of column {column} run from {labels.min()} to {labels.max()}, wanted 0 to"
+            f" {len(class_names) - 1}; a split without public labels cannot be used"
+        )
+    return torch.from_numpy(labels.astype(np.int64)), class_names
+
+
+def _column(table: "datasets.Dataset", kind: str, wanted: str | None, key: str) -> str:
+    """The wanted column, of one kind of feature; where none is named, the only one."""
+    kinds = {column: type(feature).__name__ for column, feature in table.features.items()}
+    fitting = [column for column, found in kinds.items() if found == kind and wanted in (None, column)]
+    if len(fitting) != 1:
+        found = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+        raise ValueError(f"{key}: wanted {wanted or 'one column'} ({kind}), found {found}")
+    return fitting[0]
+
+
+def _pil_images(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> Iterator[PIL.Image.Image]:
+    from datasets import Image
+
+    column = _column(table, "Image", spec.image_column, f"{where}: data.image_column")
+    encoded = table.select_columns([column]).cast_column(column, Image(decode=False))
+    # PIL tries its forty formats in turn; the last image's first halves the time of a set in WebP.
+    PIL.Image.init()
+    formats = PIL.Image.ID
+    for rows in encoded.iter(batch_size=1000):
+        for row in rows[column]:
+            with PIL.Image.open(BytesIO(row["bytes"]) if row["bytes"] else row["path"], formats=formats) as image:
+                formats = [image.format, *PIL.Image.ID]
+                yield image
+
+
+def _decode(images: Iterable[PIL.Image.Image], n: int, spec: DatasetSpec, where: str) -> Tensor:
+    """uint8 [n, H, W, C]; mode and size are checked, unless they are to be changed."""
+    decoded = None
+    for i, image in enumerate(images):
+        if spec.converts_images:
+            image = image.convert(spec.image_mode)
+        if image.mode != spec.image_mode:
+            raise ValueError(
+                f"{where}: image {i} has mode {image.mode}, wanted {spec.image_mode}; data.name may be wrong"
+            )
+        if spec.resize_to:
+            image = center_crop(resize(image, spec.resize_to, InterpolationMode.BICUBIC), spec.resize_to)
+        if decoded is None:
+            side = spec.resize_to or spec.image_size
+            width, height = (side, side) if side else image.size
+            shape = (n, height, width, len(spec.mean))
+            _check_memory(math.prod(shape), where)
+            decoded = np.empty(shape, np.uint8)
+        if image.size != (width, height):
+            raise ValueError(
+                f"{where}: image {i} is {image.width}x{image.height} pixels, wanted {width}x{height}; data.image_size resizes"
+                " all to one size"
+            )
+        decoded[i] = np.asarray(image).reshape(shape[1:])
+    return torch.from_numpy(decoded)
+
+
+def _check_memory(num_bytes: int, where: str) -> None:
+    free = psutil.virtual_memory().available
+    if num_bytes > free / 2:  # the other half is for augmentation's padded copy
+        raise ValueError(
+            f"{where}: its images take {num_bytes / 1e9:.1f} GB decoded, over half of the {free / 1e9:.1f} GB of free memory;"
+            " a smaller data.image_size or a larger machine would fit"
+        )
+
+
+def _stratified(labels: Tensor, count: int) -> Tensor:
+    """bool [n], true for `count` samples: of each class its share to within one, a choice that no training seed changes."""
+    n, class_sizes = len(labels), labels.bincount()
+    shuffled = keyed_bits(0, "holdout", 0, torch.arange(n)).argsort()
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    own_class = labels[by_class]
+    rank = torch.arange(n) - (class_sizes.cumsum(0) - class_sizes)[own_class]
+    # Draw from each class at a pace in proportion to its size.
+    due = (rank + 0.5).double() / class_sizes[own_class]
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[by_class[due.argsort(stable=True)[:count]]] = True
+    return chosen
+
+
+# ---- keyed randomness ----------------------------------------------------------------------------------------------
+# On the CPU in numpy: for one batch it is several times faster than tensor operations, and no GPU waits for it.
+
+# Streams never share bits. Their numbers, like the hash and the rounds, are part of every trained weight: they stay.
+_STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3}
+_FEISTEL_ROUNDS = 6
+
+Words = npt.NDArray[np.uint64]  # wrap around
+
+
+def _words(values: Tensor | int) -> Words:
+    return np.atleast_1d(torch.as_tensor(values).cpu().numpy()).astype(np.uint64)
+
+
+def _absorb(state: Words, words: Words) -> Words:
+    """Hash one more word into each state: output number `word` of splitmix64 seeded with `state`."""
+    z = state + (words + 1) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> 31)
+
+
+@functools.cache
+def _stream_key(seed: int, stream: str) -> Words:
+    return _absorb(_absorb(_words(0), _words(seed)), _words(_STREAMS[stream]))
+
+
+def _keyed_words(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) -> Words:
+    return _absorb(_absorb(_stream_key(seed, stream), _words(epochs)), _words(indices))
+
+
+def keyed_bits(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) -> Tensor:
+    """64 random bits for each sample at each epoch, int64 [B].
+
+    Args:
+        seed: 0 <= seed < 2**63.
+        stream: "permutation", "augment", "gradient_noise" or "holdout"; what they draw is unrelated.
+        epochs, indices: int64 [B], not negative.
+    """
+    return torch.from_numpy(_keyed_words(seed, stream, epochs, indices).view(np.int64)).to(indices.device)
+
+
+def keyed_normal(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) -> Tensor:
+    """A standard normal number for each sample at each epoch, float64 [B]; arguments as of `keyed_bits`.
+
+    Source: Box and Muller 1958.
+    """
+    words = _keyed_words(seed, stream, epochs, indices)
+    radius, angle = (((w >> 11) + 1) * 2.0**-53 for w in (words, _absorb(words, _words(0))))  # in (0, 1]
+    normal = np.sqrt(-2 * np.log(radius)) * np.cos(2 * np.pi * angle)
+    return torch.from_numpy(normal).to(indices.device)
+
+
+def epoch_permutation(num_samples: int, seed: int, epochs: Tensor, positions: Tensor) -> Tensor:
+    """Which samples stand at some positions of the epochs' random orders, int64 [B], in O(B) time and memory.
+
+    A Feistel network permutes the a·b >= num_samples cells of a near-square grid; whoever lands beyond the samples walks on
+    until among them, which makes it a permutation of the samples.
+
+    Args:
+        num_samples: in one epoch.
+        seed: 0 <= seed < 2**63.
+        epochs, positions: int64 [B]; 0 <= position < num_samples.
+
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3.
+    """
+    a, b = _grid(num_samples)
+
+    def encipher(cells: Words, keys: Words) -> Words:
+        left, right = cells % a, cells // a
+        for turn in range(0, _FEISTEL_ROUNDS, 2):
+            left = (left + _absorb(keys, right + turn * a) % a) % a
+            right = (right + _absorb(keys, left + (turn + 1) * a) % b) % b
+        return right * a + left
+
+    keys = _absorb(_stream_key(seed, "permutation"), _words(epochs))
+    cells = encipher(_words(positions), keys)
+    while (beyond := cells >= num_samples).any():
+        cells[beyond] = encipher(cells[beyond], keys[beyond])
+    return torch.from_numpy(cells.view(np.int64))
+
+
+@functools.cache
+def _grid(n: int) -> tuple[np.uint64, np.uint64]:
+    """Of the near-square grids of a·b >= n cells, a >= b, the one with the fewest beyond n: then next to none walk."""
+    side = math.isqrt(n - 1) + 1
+    a, b = min(((a, -(-n // a)) for a in range(side, side + side // 3 + 1)), key=math.prod)
+    return np.uint64(a), np.uint64(b)
+
+
+@dataclass(frozen=True)
+class GlobalBatches:
+    """The global batch of any update: epoch permutations laid end to end, cut into full batches.
+
+    Args:
+        num_samples: in one epoch.
+        batch_size: of all processes and accumulation together; may exceed `num_samples`.
+        seed: fixes every epoch's permutation.
+
+    Raises:
+        ValueError: if there are no samples, or no batch.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"batches of {self.batch_size} from {self.num_samples} samples: wanted at least one of each"
+            )
+
+    def at(self, update: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sample indices and epochs, both int64 [stop - start], of entries `start` to `stop` of one global batch."""
+        first = update * self.batch_size
+        entries = torch.arange(first + start, first + (self.batch_size if stop is None else stop))
+        epochs, positions = entries // self.num_samples, entries % self.num_samples
+        return epoch_permutation(self.num_samples, self.seed, epochs, positions), epochs
+
+
+# ---- augmentation --------------------------------------------------------------------------------------------------
+
+AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether to flip at random
+    "none": (0, False),
+    "pad1_crop": (1, False),
+    "pad4_crop": (4, False),
+    "pad4_crop_flip": (4, True),
+}
+
+
+class Augment:
+    """Random crops and flips of an image set, normalised: a whole batch in a few tensor operations.
+
+    Image i at epoch e depends on (seed, e, i) alone. Padding is black before normalisation, as in torchvision's RandomCrop;
+    the paper's authors pad with grey 127. A padded copy of the set is kept on its device.
+
+    Args:
+        image_set: the training images.
+        kind: a key of AUGMENTATIONS.
+        seed: 0 <= seed < 2**63.
+        dtype: of the images made.
+
+    Raises:
+        ValueError: if the kind is not known.
+    """
+
+    def __init__(self, image_set: ImageSet, kind: str, seed: int, dtype: torch.dtype = torch.float32):
+        if kind not in AUGMENTATIONS:
+            raise ValueError(f"data.augment {kind!r} is not known; wanted one of {', '.join(AUGMENTATIONS)}")
+        self.image_set, self.seed, self.dtype = image_set, seed, dtype
+        self.pad, self.flips = AUGMENTATIONS[kind]
+        self.normalise = Normalise(image_set, dtype)
+        if self.pad or self.flips:
+            padded = F.pad(image_set.images, (0, 0, *(self.pad,) * 4))
+            _, height, self.width, channels = padded.shape
+            self.pixels = height * self.width
+            # Row k of this view is the image row that begins at pixel k, so that a crop copies whole rows.
+            row = image_set.images.shape[2] * channels
+            self.rows = padded.view(-1).as_strided(((padded.numel() - row) // channels + 1, row), (channels, 1))
+
+    def __call__(self, indices: Tensor, epochs: Tensor) -> Tensor:
+        """Images [B, C, H, W] in channels_last, on the image set's device.
+
+        Args:
+            indices, epochs: int64 [B], best on the CPU.
+        """
+        images = self.image_set.images
+        if not (self.pad or self.flips):
+            return self.normalise(images.index_select(0, indices.to(images.device, non_blocking=True)))
+        words = _keyed_words(self.seed, "augment", epochs, indices)
+        flip, offset = words & 1, words >> 1
+        steps = 2 * self.pad + 1
+        top, left = offset % steps, offset // steps % steps
+        corner = _words(indices) * self.pixels + top * self.width + left
+        pick = np.arange(len(words), dtype=np.uint64) + flip * len(words)
+        plan = torch.from_numpy(np.stack((corner, pick)).view(np.int64))
+        corner, pick = plan.to(images.device, non_blocking=True)
+
+        shape = (-1, *images.shape[1:])
+        down = torch.arange(shape[1], device=images.device) * self.width
+        images = self.rows.index_select(0, (corner[:, None] + down).flatten()).view(shape)
+        if self.flips:
+            # To flip all and pick is faster than to flip some: it copies blocks.
+            images = torch.cat((images, images.flip(2))).index_select(0, pick)
+        return self.normalise(images)
