@@ -228,7 +228,7 @@ def choose_layout(
     if num_ghosts % processes:
         raise ValueError(
             f"batch_size {batch_size} cannot be split over {processes} processes into micro-batches that are multiples of"
-            f" ghost_batch_size {ghost_batch_size}; {_listed(_divisors(num_ghosts))} processes fit"
+            f" ghost_batch_size {ghost_batch_size}; it fits on {_listed(_divisors(num_ghosts))}"
         )
     fitting = [ghost_batch_size * d for d in _divisors(num_ghosts // processes)]
     if micro_batch_size is None:

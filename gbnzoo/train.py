@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -488,7 +488,8 @@ def main(
             tracker=tracker,
             checkpoint_seconds=checkpoint_seconds,
         )
-    print(folder)
+    if PartialState().is_main_process:
+        print(folder)
 
 
 if __name__ == "__main__":

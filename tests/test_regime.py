@@ -123,7 +123,7 @@ def test_the_largest_micro_batch_of_whole_ghosts_is_chosen():
 
 
 def test_layouts_that_do_not_fit_name_those_that_do():
-    with pytest.raises(ValueError, match=r"over 6 processes .* 1, 2, 4, 8, 16 or 32 processes fit"):
+    with pytest.raises(ValueError, match=r"over 6 processes .* it fits on 1, 2, 4, 8, 16 or 32"):
         choose_layout(4096, 128, processes=6)
     with pytest.raises(ValueError, match=r"micro_batch_size 100 .* 128, 256, 512 or 1024 fit"):
         choose_layout(4096, 128, processes=4, micro_batch_size=100)
