@@ -532,6 +532,7 @@ class GlobalBatches:
 AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether to flip at random
     "none": (0, False),
     "pad1_crop": (1, False),
+    "pad2_crop": (2, False),
     "pad4_crop": (4, False),
     "pad4_crop_flip": (4, True),
 }
