@@ -11,7 +11,9 @@ from timm.models import create_feature_extractor, get_pretrained_cfg, group_para
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
+from gbnzoo.data import AUGMENTATIONS, DATASETS
 from gbnzoo.models import CifarResNet
+from gbnzoo.recipe import load_recipe, shipped_recipes
 
 # Parameters worked out by hand: k·k·in·out for a convolution, 2·channels for BatchNorm, in·out + out for Linear.
 PARAMETERS = {
@@ -197,6 +199,22 @@ def test_weights_of_other_classes_and_channels_load(name, tmp_path):
             torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)
     # timm adapts the stem so that a grey image gives the response of three equal channels.
     torch.testing.assert_close(model.get_parameter(first_conv).sum(1), weights.get_parameter(first_conv).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("mlp5_gbn", "mnist"), ("resnet8_thin_gbn", "digits"), ("resnet20_gbn", "cifar10")]
+)
+def test_defaults_are_those_of_the_data(name, data):
+    cfg, spec = get_pretrained_cfg(name), DATASETS[data]
+    assert (cfg.mean, cfg.std, cfg.num_classes) == (spec.mean, spec.std, spec.num_classes)
+    assert cfg.input_size == (len(spec.mean), spec.image_size, spec.image_size)
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes())
+def test_shipped_recipes_name_what_there_is(recipe):
+    recipe = load_recipe(f"recipes/{recipe}")
+    assert timm.is_model(recipe.model.name)
+    assert recipe.data.augment in AUGMENTATIONS
 
 
 def test_mlp_takes_other_images():
