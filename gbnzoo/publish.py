@@ -1,0 +1,256 @@
+"""From a finished run to a folder under hub/, byte for byte what the Hub gets, and its row of hub/results.csv.
+
+A folder appears whole or not at all, holds safetensors only, and has been loaded by timm from where it lay before it does.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import gbnzoo.models  # noqa: F401  (registers the architectures)
+from gbnzoo.card import (
+    CROP_PCT,
+    INTERPOLATION,
+    PAPER,
+    STATISTICS,
+    as_csv,
+    merge_result,
+    model_card,
+    read_results,
+    result_row,
+)
+from gbnzoo.recipe import Recipe, load_recipe
+from gbnzoo.run import Run
+
+
+def publish(run_folder: str | Path, hub: str | Path = "hub") -> Path:
+    """Make the hub folder of a finished run and its row in results.csv.
+
+    The folder bears the recipe's name, and so takes the place of another seed's. A twin of one of timm's architectures
+    names timm's own in config.json, so that its weights load where gbnzoo is not installed.
+
+    Args:
+        run_folder: a finished run.
+        hub: holds results.csv and the hub folders; made where it is missing.
+
+    Returns:
+        The folder: README.md, config.json, log.csv, model.safetensors, recipe.yaml.
+
+    Raises:
+        RunError: if the run is not finished.
+        ValueError: if its weights are not finite float32, do not fit the architecture, or do not come back through timm.
+    """
+    run, hub = Run(run_folder), Path(hub)
+    recipe, (checkpoint, log_row) = run.recipe, run.finished()
+    _check_publishable(checkpoint.model, run.folder)
+    weights = save({key: value.contiguous() for key, value in checkpoint.model.items()}, {"format": "pt"})
+    sha256 = hashlib.sha256(weights).hexdigest()
+    model, config = load_run(run, architecture=timm_architecture(recipe))
+    config["gbn"]["sha256"] = sha256
+    row = result_row(recipe, log_row, run.environments(), param_count=_param_count(model), sha256=sha256)
+    results = merge_result(read_results(hub / "results.csv"), row)
+
+    folder = hub / recipe.name
+    hub.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=hub, prefix=".writing-") as scratch:
+        # Named as it will be: timm takes everything after "local-dir:" for the path.
+        aside = Path(scratch) / recipe.name
+        aside.mkdir()
+        (aside / "model.safetensors").write_bytes(weights)
+        (aside / "config.json").write_text(_as_json(config), encoding="utf-8")
+        (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (aside / "log.csv").write_bytes((run.folder / "log.csv").read_bytes())
+        (aside / "README.md").write_text(model_card(config, recipe, results), encoding="utf-8")
+        _check_loads(aside, checkpoint.model)
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "replaced")
+        os.replace(aside, folder)
+    _write_results(hub, results)
+    return folder
+
+
+def record_result(run_folder: str | Path, hub: str | Path = "hub") -> Path:
+    """Add or replace the row in results.csv of a finished run whose weights are not published; returns that file.
+
+    Raises:
+        RunError: if the run is not finished.
+        ValueError: if its weights are in the hub folder, and so in the row already.
+    """
+    run, hub = Run(run_folder), Path(hub)
+    recipe, (_, log_row) = run.recipe, run.finished()
+    results = read_results(hub / "results.csv")
+    if any(r["sha256"] for r in results if (r["model"], r["seed"]) == (recipe.name, str(recipe.seed))):
+        raise ValueError(
+            f"{run.folder}: the weights of {recipe.run_name} are published in {hub / recipe.name}; publish the run again"
+            " instead, or remove that folder and its row"
+        )
+    model, _ = load_run(run)
+    hub.mkdir(parents=True, exist_ok=True)
+    row = result_row(recipe, log_row, run.environments(), param_count=_param_count(model))
+    _write_results(hub, merge_result(results, row))
+    return hub / "results.csv"
+
+
+def load_run(run: Run, architecture: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a finished run after its last update, and the config.json that describes it.
+
+    Args:
+        run: a finished run.
+        architecture: timm name to build, where it is not the recipe's own.
+
+    Raises:
+        RunError: if the run is not finished.
+        ValueError: if timm does not know the architecture, or the weights do not fit it.
+    """
+    recipe, (checkpoint, log_row) = run.recipe, run.finished()
+    data = run.environments()[-1]["data"]
+    architecture = architecture or recipe.model.name
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"{run.folder}: model.name {architecture!r} is no architecture that timm or gbnzoo knows; was it renamed since?"
+        )
+    model = timm.create_model(
+        architecture,
+        num_classes=len(data["class_names"]),
+        in_chans=data["input_size"][0],
+        pretrained_cfg_overlay=_preprocessing(data),
+        **recipe.model.args,
+    )
+    load_weights(model, checkpoint.model, f"{run.folder}, update {checkpoint.update}")
+    return model, _timm_config(model, architecture, recipe, log_row, data)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that must have the model's keys and shapes.
+
+    Raises:
+        ValueError: naming what is missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    problems = {
+        "missing": wanted.keys() - weights.keys(),
+        "unexpected": weights.keys() - wanted.keys(),
+        "of another shape": {k for k in wanted.keys() & weights.keys() if wanted[k].shape != weights[k].shape},
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"{source}: its weights do not fit {type(model).__name__} ({found})")
+    model.load_state_dict(weights)
+
+
+def timm_architecture(recipe: Recipe) -> str:
+    """timm's own architecture where the recipe's is a twin of one, else the recipe's."""
+    original = recipe.model.name.removesuffix("_gbn")
+    return original if timm.is_model(original) else recipe.model.name
+
+
+def _timm_config(
+    model: nn.Module, architecture: str, recipe: Recipe, log_row: Mapping[str, str], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json as timm's `save_config_for_hf` writes it, with what concerns us under `gbn`."""
+    regime = recipe.regime(data["num_samples"])
+    config = {
+        "architecture": architecture,
+        "num_classes": len(data["class_names"]),
+        "num_features": model.num_features,
+        "label_names": data["class_names"],
+        "model_args": recipe.model.args,
+        "pretrained_cfg": {
+            "tag": recipe.name.partition(".")[2],
+            "custom_load": False,
+            **_preprocessing(data),
+            "fixed_input_size": model.pretrained_cfg.get("fixed_input_size", False),
+            "num_classes": len(data["class_names"]),
+            "first_conv": model.pretrained_cfg.get("first_conv"),
+            "classifier": model.pretrained_cfg.get("classifier"),
+            "license": "apache-2.0",
+            "paper_ids": f"arXiv:{PAPER}",
+            "paper_name": "Train longer, generalize better",
+        },
+        "gbn": {
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "rung": recipe.rung,
+            "batch_size": regime.batch_size,
+            "ghost_batch_size": regime.ghost_batch_size,
+            "updates": regime.total_updates,
+            "precision": recipe.precision,
+            "statistics": STATISTICS,
+            "data": recipe.data.model_dump(mode="json", exclude_none=True),
+            "num_samples": data["num_samples"],
+            "split": log_row["split"],
+            "scored_samples": data["scored_samples"],
+            "top1_percent": float(log_row["top1_percent"]),
+        },
+    }
+    return {key: value for key, value in config.items() if value not in ({}, None)}
+
+
+def _preprocessing(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run did to its images, in the words of timm's pretrained cfg."""
+    return {
+        "input_size": tuple(data["input_size"]),
+        "interpolation": INTERPOLATION,
+        "crop_pct": CROP_PCT,
+        "crop_mode": "center",
+        "mean": tuple(data["mean"]),
+        "std": tuple(data["std"]),
+    }
+
+
+def _check_publishable(weights: Mapping[str, Tensor], source: Path) -> None:
+    floating = {key: value for key, value in weights.items() if value.is_floating_point()}
+    if bad := [key for key, value in floating.items() if not value.isfinite().all()]:
+        raise ValueError(f"{source}: not published, NaN or infinity in {_listed(bad)}; train it again at a lower rate")
+    if bad := [key for key, value in floating.items() if value.dtype != torch.float32]:
+        raise ValueError(
+            f"{source}: not published, {_listed(bad)} in {weights[bad[0]].dtype}; timm loads float32, so the run must have"
+            " `precision` fp32 or bf16"
+        )
+
+
+def _check_loads(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Load the folder as a user will.
+
+    Raises:
+        ValueError: if that gives other weights.
+    """
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    if changed := [key for key in weights if not torch.equal(loaded[key], weights[key])]:
+        raise ValueError(f"{folder.name}: not published, timm loads {_listed(changed)} other than the run left it")
+
+
+def _write_results(hub: Path, results: list[dict[str, str]]) -> None:
+    """Write results.csv, then every card again: the ladder in it may have changed."""
+    _replace(hub / "results.csv", as_csv(results))
+    for path in hub.glob("*/config.json"):
+        config, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(path.with_name("recipe.yaml"))
+        _replace(path.with_name("README.md"), model_card(config, recipe, results))
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".writing")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _param_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _listed(keys: set[str] | list[str], most: int = 5) -> str:
+    shown = ", ".join(sorted(keys)[:most])
+    return f"{shown} and {len(keys) - most} more" if len(keys) > most else shown
