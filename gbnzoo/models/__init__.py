@@ -1,5 +1,6 @@
-"""The paper's networks, one family a file. Importing this package registers them with timm."""
+"""The paper's networks, one family a file, and the twins of timm's. Importing this package registers them with timm."""
 
+from gbnzoo.models import variants  # noqa: F401
 from gbnzoo.models.alexnet import AlexNet
 from gbnzoo.models.cifar_resnet import CifarResNet
 from gbnzoo.models.cifar_vgg import CifarVgg
