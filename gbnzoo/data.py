@@ -45,7 +45,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a data set must look like, and how it is normalised. None is not checked."""
+    """What a data set must look like, and how it is normalised.
+
+    Where `image_size` (the side in pixels), `num_classes` or a column is None, any will do. Images are in `image_mode`, or
+    converted to it; with `resize_to`, they are resized and cropped to that side.
+    """
 
     hub_id: str | None
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -243,7 +247,7 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
         fingerprint = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     else:
         tables = _load_tables(name, spec.hub_id, cure="its parquet files can be given by --data-dir or GBNZOO_DATA")
-        fingerprint = [table.cache_files for table in tables.values()]  # their paths carry the Hub's commit
+        fingerprint = [table._fingerprint for table in tables.values()]  # of the commit on the Hub
     key = hashlib.sha256(repr((fingerprint, split, spec)).encode()).hexdigest()[:16]
     # The place where `datasets` keeps its own, found without importing it, which takes a second.
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets") / "gbnzoo"
@@ -322,13 +326,13 @@ def _labels(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> tuple[T
             f"{where}: column {column} has {len(class_names)} classes, wanted {spec.num_classes}; data.num_classes or"
             " data.label_column may be wrong"
         )
-    labels = table.with_format("numpy")[column][:]
+    labels = torch.tensor([-1 if label is None else label for label in table[column][:]])
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(
             f"{where}: labels of column {column} run from {labels.min()} to {labels.max()}, wanted 0 to"
             f" {len(class_names) - 1}; a split without public labels cannot be used"
         )
-    return torch.from_numpy(labels.astype(np.int64)), class_names
+    return labels, class_names
 
 
 def _column(table: "datasets.Dataset", kind: str, wanted: str | None, key: str) -> str:
@@ -349,11 +353,15 @@ def _pil_images(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> Ite
     # PIL tries its forty formats in turn; the last image's first halves the time of a set in WebP.
     PIL.Image.init()
     formats = PIL.Image.ID
-    for rows in encoded.iter(batch_size=1000):
-        for row in rows[column]:
+    rows = (row for batch in encoded.iter(batch_size=1000) for row in batch[column])
+    for i, row in enumerate(rows):
+        try:
             with PIL.Image.open(BytesIO(row["bytes"]) if row["bytes"] else row["path"], formats=formats) as image:
-                formats = [image.format, *PIL.Image.ID]
-                yield image
+                image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{where}: image {i} cannot be decoded ({error}); the files may be broken") from error
+        formats = [image.format, *PIL.Image.ID]
+        yield image
 
 
 def _decode(images: Iterable[PIL.Image.Image], n: int, spec: DatasetSpec, where: str) -> Tensor:
@@ -411,7 +419,7 @@ def _stratified(labels: Tensor, count: int) -> Tensor:
 
 # Streams never share bits. Their numbers, like the hash and the rounds, are part of every trained weight: they stay.
 _STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3}
-_FEISTEL_ROUNDS = 6
+_FEISTEL_ROUNDS = 8  # after six, neighbours in orders of under 100 samples are visibly unlike random ones
 
 Words = npt.NDArray[np.uint64]  # wrap around
 
@@ -489,11 +497,10 @@ def epoch_permutation(num_samples: int, seed: int, epochs: Tensor, positions: Te
 
 
 @functools.cache
-def _grid(n: int) -> tuple[np.uint64, np.uint64]:
+def _grid(n: int) -> tuple[int, int]:
     """Of the near-square grids of a·b >= n cells, a >= b, the one with the fewest beyond n: then next to none walk."""
     side = math.isqrt(n - 1) + 1
-    a, b = min(((a, -(-n // a)) for a in range(side, side + side // 3 + 1)), key=math.prod)
-    return np.uint64(a), np.uint64(b)
+    return min(((a, -(-n // a)) for a in range(side, side + side // 3 + 1)), key=math.prod)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64)  # whole numbers stay exact up to 2**53
     if hits:
         hit, loss = torch.cat(hits).cpu(), torch.cat(losses).cpu()
-        totals = torch.stack((hit[:, 0].sum(), hit.sum(), loss.double().sum(), torch.tensor(len(hit))))
+        totals = totals.new_tensor([hit[:, 0].sum(), hit.sum(), loss.double().sum(), len(hit)])
     if reduce is not None:
         totals = reduce(totals.to(next(model.parameters(), totals).device))
     top1, top5, loss_sum, n = totals.tolist()
