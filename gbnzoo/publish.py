@@ -130,7 +130,7 @@ def load_run(run: Run, architecture: str | None = None) -> tuple[nn.Module, dict
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict that must have the model's keys and shapes.
+    """Load a state dict that must have the model's keys and shapes; the model takes over its dtypes.
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
@@ -144,7 +144,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     if any(problems.values()):
         found = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{source}: its weights do not fit {type(model).__name__} ({found})")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
 
 
 def timm_architecture(recipe: Recipe) -> str:

@@ -1,0 +1,368 @@
+"""Measure the accuracy of published weights, of runs, and of anything that timm knows.
+
+    python evaluate.py hub/mlp5_gbn.mnist_gbn4096 --data mnist --data-dir data
+    python evaluate.py runs/mlp5_gbn.mnist_gbn4096-seed0 --data-dir data
+    python evaluate.py 'resnet18.*' --data imagefolder --data-dir imagenet
+    python evaluate.py --check --data-dir data
+
+Weights of gbnzoo are measured as their run measured them (data, split, precision, batches of 256) unless told otherwise, and
+what the run's log says then comes out exactly. Results begin with the columns of timm's results files.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.transforms.functional import center_crop
+from tqdm import tqdm
+
+import gbnzoo.models  # noqa: F401  (registers the architectures)
+from gbnzoo import data
+from gbnzoo.card import INTERPOLATION, TIMM_COLUMNS, as_csv, in_timm_order, markdown_table, read_results, timm_columns
+from gbnzoo.metrics import Metrics, evaluate
+from gbnzoo.publish import load_run, load_weights
+from gbnzoo.run import Run
+from gbnzoo.train import EVALUATION_BATCH_SIZE, plain_errors
+
+COLUMNS = (*TIMM_COLUMNS, "data", "split", "samples", "loss", "precision", "batch_size", "recorded_top1")
+TOLERANCE_PERCENT = 0.01
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+load_images = functools.lru_cache(maxsize=1)(data.load_images)
+
+
+class ResultsFormat(StrEnum):
+    csv = "csv"
+    json = "json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; None leaves it to the weights.
+
+    Args:
+        data, data_dir, split: which images, as `gbnzoo.data.load_images` takes them.
+        batch_size: images of one forward pass.
+        img_size: height and width that images are brought to.
+        crop_pct: share of the resized image's side that the centre crop keeps, 0 < crop_pct <= 1.
+        device: torch's name of it.
+        amp: True for bf16 autocast, False for float32.
+        channels_last: memory format of the model.
+    """
+
+    data: str | None = None
+    data_dir: Path | None = None
+    split: str | None = None
+    batch_size: int = EVALUATION_BATCH_SIZE
+    img_size: int | None = None
+    crop_pct: float | None = None
+    device: str = "cpu"
+    amp: bool | None = None
+    channels_last: bool = True
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its weights; `gbn` is what its config.json says under that key, and empty for weights of others."""
+
+    name: str
+    model: nn.Module
+    gbn: Mapping[str, Any]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return timm.data.resolve_model_data_config(self.model)
+
+
+def expand_names(models: Iterable[str]) -> list[str]:
+    """Wildcards as the pretrained models that fit them, text files as the names in their lines, all else as it is.
+
+    Raises:
+        ValueError: if nothing fits a wildcard.
+    """
+    names = []
+    for model in models:
+        if any(character in model for character in "*?["):
+            if not (fitting := timm.list_models(model, pretrained=True)):
+                raise ValueError(f"{model}: timm has no pretrained model of such a name")
+            names += fitting
+        elif model.endswith(".txt"):
+            names += Path(model).read_text(encoding="utf-8").split()
+        else:
+            names.append(model)
+    return names
+
+
+def load_subject(source: str, *, pretrained: bool = True, checkpoint: Path | None = None) -> Subject:
+    """The model that a name on the command line means.
+
+    Args:
+        source: a hub folder, a run's folder, `hf-hub:org/name`, or a name in timm.
+        pretrained: False leaves a model named in timm with random weights.
+        checkpoint: safetensors file with the weights of a model named in timm.
+
+    Raises:
+        ValueError: if it is none of these, or its weights do not fit.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return Subject(
+            _name(config, folder.name), _create(f"local-dir:{folder}", pretrained=True), config.get("gbn", {})
+        )
+    if (folder / "recipe.yaml").is_file():
+        model, config = load_run(Run(folder))
+        return Subject(folder.name, model, config["gbn"])
+    if source.startswith("hf-hub:"):
+        model = _create(source, pretrained=True)
+        repo, _, revision = source.removeprefix("hf-hub:").partition("@")
+        config = json.loads(
+            Path(hf_hub_download(repo, "config.json", revision=revision or None)).read_text(encoding="utf-8")
+        )
+        return Subject(_name(config, repo), model, config.get("gbn", {}))
+    if not timm.is_model(source.partition(".")[0]) or folder.exists():
+        raise ValueError(
+            f"{source}: neither a hub folder (it would hold config.json), nor a run's (recipe.yaml), nor a model of timm's;"
+            " hf-hub:org/name is read from the Hub, and timm.list_models() knows the names"
+        )
+    model = _create(source, pretrained=pretrained and not checkpoint)
+    if checkpoint:
+        load_weights(model, load_file(checkpoint), str(checkpoint))
+    return Subject(source, model, {})
+
+
+def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, str]]:
+    """Accuracy of one model: its metrics, and its row of a results file.
+
+    Raises:
+        ValueError: if model and images do not fit together.
+        FileNotFoundError: if the images are not at hand.
+    """
+    images = _images_for(subject, settings)
+    precision = {None: subject.gbn.get("precision", "fp32"), True: "bf16", False: "fp32"}[settings.amp]
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    device = torch.device(settings.device)
+    model = subject.model.to(
+        device, dtype, memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format
+    )
+    autocast = contextlib.nullcontext
+    if precision in AUTOCAST_DTYPES:
+        autocast = functools.partial(torch.autocast, device.type, AUTOCAST_DTYPES[precision])
+    batches = tqdm(
+        images.to(device).batches(settings.batch_size, dtype),
+        desc=subject.name,
+        total=math.ceil(len(images) / settings.batch_size),
+        unit="batch",
+        leave=False,
+        disable=None,
+    )
+    metrics = evaluate(model, batches, autocast=autocast)
+    gbn = subject.gbn
+    is_as_recorded = (
+        gbn and (images.split, precision) == (gbn["split"], gbn["precision"]) and _has_own_images(subject, settings)
+    )
+    row = {
+        **timm_columns(
+            subject.name,
+            input_size=images.input_size,
+            top1_percent=metrics.top1_percent,
+            top5_percent=metrics.top5_percent,
+            param_count=sum(p.numel() for p in model.parameters()),
+            crop_pct=settings.crop_pct or subject.preprocessing["crop_pct"],
+            interpolation=INTERPOLATION,
+        ),
+        "data": images.name,
+        "split": images.split,
+        "samples": str(metrics.n),
+        "loss": f"{metrics.loss:.5f}",
+        "precision": precision,
+        "batch_size": str(settings.batch_size),
+        "recorded_top1": f"{gbn['top1_percent']:.3f}" if is_as_recorded else "",
+    }
+    return metrics, row
+
+
+def check(hub: Path, settings: Settings) -> bool:
+    """Measure every row of hub/results.csv again whose weights and data are at hand; true if all agree."""
+    agree, lines = True, []
+    for row in read_results(hub / "results.csv"):
+        verdict, remark = _check_row(row, hub, settings)
+        agree &= verdict != "DIFFERS"
+        lines.append((row["model"], row["seed"], row["top1"], verdict, remark))
+    print(
+        markdown_table(("model", "seed", "top-1", "check", ""), lines)
+        if lines
+        else f"{hub / 'results.csv'} has no rows"
+    )
+    return agree
+
+
+def _check_row(row: Mapping[str, str], hub: Path, settings: Settings) -> tuple[str, str]:
+    folder = hub / row["model"]
+    weights = folder / "model.safetensors"
+    if not row["sha256"]:
+        return "not checked", "its weights are not published"
+    if not weights.is_file():
+        return "not checked", f"its weights are not at hand: no {weights}"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != row["sha256"]:
+        return "DIFFERS", f"{weights} is not the file that was measured: its sha256 is another"
+    try:
+        metrics, _ = measure(load_subject(str(folder)), settings)
+    except (FileNotFoundError, ImportError) as error:
+        return "not checked", f"its data are not at hand: {error}"
+    difference = metrics.top1_percent - float(row["top1"])
+    # Half of the row's last decimal is its own rounding.
+    if abs(difference) > TOLERANCE_PERCENT + 0.0005:
+        return "DIFFERS", f"measured {metrics.top1_percent:.3f}, {difference:+.3f} points"
+    return "agrees", f"measured {metrics.top1_percent:.3f}"
+
+
+def _images_for(subject: Subject, settings: Settings) -> data.ImageSet:
+    """The images to measure with, brought to the model's size and normalised with its constants."""
+    wanted, gbn = subject.preprocessing, subject.gbn
+    channels, *size = wanted["input_size"]
+    if _has_own_images(subject, settings):
+        options = {key: value for key, value in gbn["data"].items() if key not in ("name", "augment")}
+    elif settings.data or gbn:
+        size = [settings.img_size] * 2 if settings.img_size else size
+        options = {"image_size": math.floor(max(size) / (settings.crop_pct or wanted["crop_pct"]))}
+    else:
+        raise ValueError(f"{subject.name}: --data is needed, its weights do not say what they were trained on")
+    name, split = settings.data or gbn["data"]["name"], settings.split or gbn.get("split", "test")
+    images = load_images(name, split, data_dir=settings.data_dir, **options)
+    if subject.model.num_classes != len(images.class_names):
+        raise ValueError(
+            f"{subject.name} tells {subject.model.num_classes} classes apart, {images.name} has {len(images.class_names)};"
+            " wanted --data with the classes it was trained on"
+        )
+    if channels != images.input_size[0]:
+        raise ValueError(
+            f"{subject.name} takes images of {channels} channel(s), those of {images.name} have {images.input_size[0]}"
+        )
+    height, width = wanted["input_size"][1:]
+    if size != [height, width] and subject.model.pretrained_cfg.get("fixed_input_size"):
+        raise ValueError(
+            f"{subject.name} takes images of {height} × {width} only; leave out --img-size {settings.img_size}"
+        )
+    cropped = center_crop(images.images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return replace(images, images=cropped, mean=wanted["mean"], std=wanted["std"])
+
+
+def _has_own_images(subject: Subject, settings: Settings) -> bool:
+    """Whether the images are those its run was scored on, prepared as there (the split aside)."""
+    return bool(
+        subject.gbn
+        and settings.data in (None, subject.gbn["data"]["name"])
+        and settings.img_size is settings.crop_pct is None
+    )
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {error} (a file with its weights goes with --checkpoint)"
+        ) from error
+
+
+def _name(config: Mapping[str, Any], otherwise: str) -> str:
+    return config.get("gbn", {}).get("name", otherwise)
+
+
+def write_results(path: Path, rows: Sequence[Mapping[str, str]], results_format: ResultsFormat) -> None:
+    """Write rows as timm sorts them; to a CSV file that exists they are added.
+
+    Raises:
+        ValueError: if that file has other columns.
+    """
+    if results_format is ResultsFormat.json:
+        path.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+        return
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(
+                    f"{path}: cannot be added to, its columns are not {','.join(COLUMNS)}; wanted another file"
+                )
+            rows = [*reader, *rows]
+    path.write_text(as_csv(in_timm_order(rows), COLUMNS), encoding="utf-8")
+
+
+def main(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...", help="hub folder, run folder, hf-hub:org/name, timm name, wildcard, .txt of names"
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="mnist, cifar10, …, a Hub id, or imagefolder")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="folder with the data set; else GBNZOO_DATA, else the Hub")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="test or validation; by default what the run was scored on")] = None,
+    pretrained: Annotated[bool, typer.Option(help="load the weights of a name in timm")] = True,
+    checkpoint: Annotated[Path | None, typer.Option(help="safetensors file with weights for a name in timm")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = EVALUATION_BATCH_SIZE,
+    img_size: Annotated[int | None, typer.Option(min=1, help="bring images to this height and width")] = None,
+    crop_pct: Annotated[float | None, typer.Option(min=0.01, max=1, help="what the centre crop keeps")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    amp: Annotated[
+        bool | None, typer.Option("--amp/--no-amp", help="bf16 autocast; by default as the run had it")
+    ] = None,
+    channels_last: Annotated[bool, typer.Option(help="memory format of the model")] = True,
+    results_file: Annotated[Path | None, typer.Option(help="write the results here, or add them to this CSV")] = None,
+    results_format: Annotated[ResultsFormat, typer.Option()] = ResultsFormat.csv,
+    check_results: Annotated[
+        bool, typer.Option("--check", help="measure results.csv again; exit code 1 if it differs")
+    ] = False,
+    hub: Annotated[Path, typer.Option(help="holds results.csv and the hub folders, for --check")] = Path("hub"),
+) -> None:
+    """Measure top-1 and top-5 accuracy."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = Settings(data, data_dir, split, batch_size, img_size, crop_pct, device, amp, channels_last)
+    with plain_errors():
+        if check_results:
+            raise typer.Exit(0 if check(hub, settings) else 1)
+        if not models:
+            raise ValueError("nothing to measure: name a model, a hub folder or a run, or give --check")
+        rows = [
+            measure(load_subject(name, pretrained=pretrained, checkpoint=checkpoint), settings)[1]
+            for name in expand_names(models)
+        ]
+        shown = (
+            "model",
+            "data",
+            "split",
+            "top1",
+            "top5",
+            "param_count",
+            "img_size",
+            "samples",
+            "precision",
+            "recorded_top1",
+        )
+        print(markdown_table(shown, ([row[key] for key in shown] for row in in_timm_order(rows))))
+        if results_file:
+            write_results(results_file, rows, results_format)
+
+
+if __name__ == "__main__":
+    typer.run(main)

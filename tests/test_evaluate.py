@@ -1,0 +1,303 @@
+"""evaluate.py: its numbers against a run's own and against a slow loop, and what it refuses."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from small_run import CLASS_NAMES, MEAN, STD, finished_run, random_weights, small_recipe
+from typer.testing import CliRunner
+
+from gbnzoo.card import as_csv, read_results
+from gbnzoo.publish import publish, record_result
+from gbnzoo.recipe import load_recipe
+from gbnzoo.run import Run
+from gbnzoo.train import train
+
+SCRIPT = Path(__file__).parents[1] / "evaluate.py"
+NAME = "resnet8_thin_gbn.shapes_gbn8"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    module = sys.modules["evaluate_script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+evaluate = load_script()
+app = typer.Typer()
+app.command()(evaluate.main)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Forty random images to train on and twenty to test, of six classes."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    rows = {"img": [PIL.Image.fromarray(image) for image in pixels], "label": [k % 6 for k in range(60)]}
+    features = Features({"img": Image(), "label": ClassLabel(names=list(CLASS_NAMES))})
+    table = Dataset.from_dict(rows, features=features)
+    table.select(range(40)).to_parquet(folder / "train-00000-of-00001.parquet")
+    table.select(range(40, 60)).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, data_dir):
+    """A run, and a hub with its weights; the recorded accuracy is the true one."""
+    folder = tmp_path_factory.mktemp("published")
+    weights = random_weights(small_recipe())
+    run = finished_run(folder / "runs", weights=weights, top1_percent=slowly_measured(weights, data_dir))
+    publish(run, folder / "hub")
+    return folder
+
+
+@pytest.fixture
+def hub(published, tmp_path):
+    """A copy of that hub, to be changed at will."""
+    return shutil.copytree(published / "hub", tmp_path / "hub")
+
+
+def pixels_and_labels(data_dir):
+    import pyarrow.parquet
+
+    (path,) = (data_dir / "shapes").glob("test*")
+    table = pyarrow.parquet.read_table(path).to_pylist()
+    images = [np.asarray(PIL.Image.open(BytesIO(row["img"]["bytes"]))) for row in table]
+    return images, [row["label"] for row in table]
+
+
+def slowly_measured(weights, data_dir):
+    """Top-1 in float64, one image after the other."""
+    model = timm.create_model("resnet8_thin_gbn", num_classes=6, in_chans=3).double().eval()
+    model.load_state_dict(weights)
+    images, labels = pixels_and_labels(data_dir)
+    normalised = ((image / 255 - np.array(MEAN)) / np.array(STD) for image in images)
+    hits = [
+        model(torch.from_numpy(x.transpose(2, 0, 1))[None]).argmax().item() == label
+        for x, label in zip(normalised, labels, strict=True)
+    ]
+    return 100 * sum(hits) / len(hits)
+
+
+def measured(source, **settings):
+    return evaluate.measure(evaluate.load_subject(str(source)), evaluate.Settings(**settings))
+
+
+def run_cli(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize(
+    ("precision", "model"), [("fp32", "resnet8_thin_gbn"), ("bf16", "resnet8_thin_gbn"), ("fp64", "mlp5_gbn")]
+)
+def test_a_runs_log_comes_out_exactly(tmp_path, precision, model):
+    changes = ["base.epochs=1", "base.milestones=[]", "evaluations=1", f"precision={precision}", f"model.name={model}"]
+    folder = train(
+        load_recipe("recipes/digits/resnet8_thin_gbn.yaml", changes, rung="lb"), out=tmp_path, show_progress=False
+    )
+    last = Run(folder).finished()[1]
+    metrics, row = measured(folder)
+    assert str(metrics.top1_percent) == last["top1_percent"]
+    assert str(metrics.top5_percent) == last["top5_percent"]
+    assert str(metrics.loss) == last["eval_loss"]
+    assert (row["precision"], row["recorded_top1"]) == (precision, row["top1"])
+    if precision != "fp64":
+        assert measured(publish(folder, tmp_path / "hub"))[0] == metrics
+
+
+def test_a_hub_folder_scores_what_a_slow_loop_counts(hub, data_dir):
+    metrics, row = measured(hub / NAME, data_dir=data_dir)
+    assert metrics.top1_percent == slowly_measured(load_file(hub / NAME / "model.safetensors"), data_dir)
+    assert 0 < metrics.top1_percent < 100
+    assert (metrics.n, row["recorded_top1"]) == (20, row["top1"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_does_not_matter(hub, data_dir, batch_size):
+    one, other = (measured(hub / NAME, data_dir=data_dir, batch_size=b)[0] for b in (batch_size, 20))
+    assert (one.top1_percent, one.top5_percent) == (other.top1_percent, other.top5_percent)
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+
+def test_other_conditions_than_the_runs_are_not_compared_with_it(hub, data_dir):
+    for settings in ({"amp": True}, {"split": "train"}, {"img_size": 12}):
+        row = measured(hub / NAME, data_dir=data_dir, **settings)[1]
+        assert row["recorded_top1"] == ""
+    assert row["img_size"] == "12"
+
+
+def test_images_are_resized_and_cropped_as_timm_does(tmp_path, data_dir):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=6)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    subject = evaluate.Subject("test_resnet", model, {})
+    metrics, row = evaluate.measure(subject, evaluate.Settings("shapes", data_dir, img_size=24, crop_pct=0.75))
+    cfg = timm.data.resolve_model_data_config(model) | {
+        "input_size": (3, 24, 24),
+        "crop_pct": 0.75,
+        "interpolation": "bicubic",
+    }
+    transform = timm.data.create_transform(**cfg)
+    images, labels = pixels_and_labels(data_dir)
+    x = torch.stack([transform(PIL.Image.fromarray(image)) for image in images])
+    with torch.no_grad():
+        logits = model.eval()(x)
+    assert metrics.top1_percent == 100 * (logits.argmax(1) == torch.tensor(labels)).sum().item() / 20
+    assert metrics.loss == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-4
+    )
+    assert (row["img_size"], row["crop_pct"], row["interpolation"]) == ("24", "0.750", "bicubic")
+
+
+def test_the_table_and_the_results_file(published, data_dir, tmp_path):
+    file = tmp_path / "results.csv"
+    both = (published / "hub" / NAME, published / "runs" / f"{NAME}-seed0", "--data-dir", data_dir)
+    for _ in range(2):  # the second is added to the first
+        result = run_cli(*both, "--results-file", file)
+        assert result.exit_code == 0, result.output
+    assert "| model " in result.output
+    assert f"| {NAME}-seed0 |" in result.output
+    header, *lines = file.read_text().splitlines()
+    assert header.startswith("model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation,data,")
+    assert [line.split(",")[0] for line in lines] == [NAME, NAME, f"{NAME}-seed0", f"{NAME}-seed0"]
+
+    run_cli(*both, "--results-file", file, "--results-format", "json")
+    assert sorted(row["model"] for row in json.loads(file.read_text())) == [NAME, f"{NAME}-seed0"]
+
+
+def test_a_results_file_of_other_columns_is_not_added_to(hub, data_dir, tmp_path):
+    (file := tmp_path / "other.csv").write_text("model,top1\n")
+    result = run_cli(hub / NAME, "--data-dir", data_dir, "--results-file", file)
+    assert (result.exit_code, file.read_text()) == (2, "model,top1\n")
+    assert "cannot be added to" in result.output
+
+
+def test_names_come_from_wildcards_and_files(tmp_path):
+    (file := tmp_path / "names.txt").write_text("resnet18\nhub/x\n")
+    assert evaluate.expand_names([str(file), "resnet34.a1_in1k"]) == ["resnet18", "hub/x", "resnet34.a1_in1k"]
+    assert "resnet18.a1_in1k" in evaluate.expand_names(["resnet18.*"])
+    with pytest.raises(ValueError, match="no pretrained model"):
+        evaluate.expand_names(["no_such*"])
+
+
+def test_weights_from_a_file(tmp_path, data_dir):
+    arguments = ("resnet8_thin_gbn", "--data", "shapes", "--data-dir", data_dir, "--checkpoint")
+    # As timm's default has it: one channel, ten classes.
+    weights = timm.create_model("resnet8_thin_gbn").state_dict()
+    save_file(weights, tmp_path / "whole.safetensors")
+    assert "tells 10 classes apart, shapes has 6" in run_cli(*arguments, tmp_path / "whole.safetensors").output
+    del weights["bn1.weight"]
+    save_file(weights, tmp_path / "partial.safetensors")
+    result = run_cli(*arguments, tmp_path / "partial.safetensors")
+    assert result.exit_code == 2
+    assert "partial.safetensors: its weights do not fit CifarResNet (missing: bn1.weight)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to measure"),
+        (("no_such_model", "--data", "shapes"), "nor a model of timm's"),
+        (("resnet18", "--no-pretrained"), "--data is needed"),
+        (("resnet18", "--no-pretrained", "--data", "shapes"), "resnet18 tells 1000 classes apart, shapes has 6"),
+        (("resnet8_thin_gbn", "--checkpoint", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, message, data_dir):
+    result = run_cli(*arguments, "--data-dir", data_dir)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.splitlines()[-1].startswith("error: ")
+
+
+def test_images_of_another_number_of_channels(data_dir):
+    grey = evaluate.Subject("grey", timm.create_model("resnet8_thin_gbn", num_classes=6), {})
+    with pytest.raises(ValueError, match=r"grey takes images of 1 channel\(s\), those of shapes have 3"):
+        evaluate.measure(grey, evaluate.Settings("shapes", data_dir))
+
+
+def test_a_size_that_the_network_cannot_take(data_dir, tmp_path):
+    model = timm.create_model("mlp5_gbn", num_classes=6, in_chans=3, img_size=8)
+    folder = publish(finished_run(tmp_path, weights=model.state_dict(), model={"name": "mlp5_gbn"}), tmp_path / "hub")
+    with pytest.raises(ValueError, match=r"takes images of 8 × 8 only; leave out --img-size 16"):
+        measured(folder, data_dir=data_dir, img_size=16)
+
+
+def test_missing_data_is_an_error_that_names_the_folder(hub, tmp_path):
+    result = run_cli(hub / NAME, "--data-dir", tmp_path / "nowhere")
+    assert result.exit_code == 2
+    assert "nowhere" in result.output
+
+
+def test_weights_in_a_hub_folder_that_do_not_fit_are_named(hub, data_dir):
+    weights = load_file(hub / NAME / "model.safetensors")
+    del weights["conv1.weight"]
+    save_file(weights, hub / NAME / "model.safetensors")
+    result = run_cli(hub / NAME, "--data-dir", data_dir)
+    assert result.exit_code == 2
+    assert "conv1.weight" in result.output
+
+
+# ---- --check
+
+
+def check(hub, data_dir):
+    return run_cli("--check", "--hub", hub, "--data-dir", data_dir)
+
+
+def edit_top1(hub, difference):
+    rows = read_results(hub / "results.csv")
+    rows[0]["top1"] = f"{float(rows[0]['top1']) + difference:.3f}"
+    (hub / "results.csv").write_text(as_csv(rows))
+
+
+def test_check_agrees_with_what_was_published(hub, data_dir, tmp_path):
+    record_result(finished_run(tmp_path, seed=1), hub)
+    result = check(hub, data_dir)
+    assert result.exit_code == 0, result.output
+    assert "agrees" in result.output
+    assert "not checked | its weights are not published" in result.output
+
+
+@pytest.mark.parametrize(("difference", "exit_code"), [(0.02, 1), (-0.02, 1), (0.009, 0)])
+def test_check_fails_above_a_hundredth_of_a_point(hub, data_dir, difference, exit_code):
+    edit_top1(hub, difference)
+    result = check(hub, data_dir)
+    assert (result.exit_code, "DIFFERS" in result.output) == (exit_code, bool(exit_code))
+
+
+def test_check_fails_for_weights_that_were_exchanged(hub, data_dir):
+    weights = load_file(hub / NAME / "model.safetensors")
+    save_file({k: v + 1e-7 if k == "bn1.bias" else v for k, v in weights.items()}, hub / NAME / "model.safetensors")
+    result = check(hub, data_dir)
+    assert result.exit_code == 1
+    assert "its sha256 is another" in result.output
+
+
+def test_check_says_what_is_not_at_hand(hub, data_dir, tmp_path):
+    result = check(hub, tmp_path / "nowhere")
+    assert result.exit_code == 0
+    assert "its data are not at hand" in result.output
+    (hub / NAME / "model.safetensors").unlink()
+    result = check(hub, data_dir)
+    assert result.exit_code == 0
+    assert "its weights are not at hand" in result.output
+
+
+def test_check_of_no_results_says_so(tmp_path, data_dir):
+    result = check(tmp_path / "empty", data_dir)
+    assert (result.exit_code, result.output.strip().endswith("has no rows")) == (0, True)

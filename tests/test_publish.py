@@ -1,0 +1,237 @@
+"""From a run to a hub folder: what timm then loads, and what is refused."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from small_run import CLASS_NAMES, MEAN, STD, finished_run, random_weights, small_recipe
+
+from gbnzoo.card import read_results
+from gbnzoo.publish import load_run, load_weights, publish, record_result
+from gbnzoo.run import Run, RunError
+
+NAME = "resnet8_thin_gbn.shapes_gbn8"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return tmp_path / "hub"
+
+
+def rows(hub):
+    return {(row["model"], row["seed"]): row for row in read_results(hub / "results.csv")}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_timm_loads_the_weights_of_the_last_update(tmp_path, hub):
+    weights = random_weights(small_recipe())
+    folder = publish(finished_run(tmp_path, weights=weights), hub)
+    assert folder == hub / NAME
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    cfg = model.pretrained_cfg
+    assert (cfg["mean"], cfg["std"], cfg["input_size"]) == (list(MEAN), list(STD), [3, 8, 8])
+    assert cfg["label_names"] == list(CLASS_NAMES)
+    assert timm.data.resolve_model_data_config(model)["crop_pct"] == 1.0
+
+
+def test_a_hub_folder_holds_five_files_and_no_pickle(tmp_path, hub):
+    run = finished_run(tmp_path)
+    files = contents(publish(run, hub))
+    assert set(files) == {"README.md", "config.json", "log.csv", "model.safetensors", "recipe.yaml"}
+    assert (files["log.csv"], files["recipe.yaml"]) == tuple((run / f).read_bytes() for f in ("log.csv", "recipe.yaml"))
+    assert {path.name for path in hub.iterdir()} == {NAME, "results.csv"}
+
+
+def test_the_hash_in_config_and_row_is_that_of_the_weights(tmp_path, hub):
+    folder = publish(finished_run(tmp_path), hub)
+    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "config.json").read_text())["gbn"]["sha256"] == sha256
+    assert rows(hub)[NAME, "0"]["sha256"] == sha256
+
+
+def test_the_number_of_parameters_is_timms(tmp_path, hub):
+    publish(finished_run(tmp_path), hub)
+    # Convolutions 216, 2·576, 1152 + 2304 + 128, 4608 + 9216 + 512; norms 2·(8 + 8 + 8 + 3·16 + 3·32); classifier 33·6.
+    assert rows(hub)[NAME, "0"]["param_count"] == f"{(216 + 1152 + 3584 + 14336 + 336 + 198) / 1e6:.2f}"
+
+
+def test_publishing_twice_gives_the_same_bytes(tmp_path, hub):
+    run = finished_run(tmp_path)
+    before = contents(publish(run, hub))
+    assert contents(publish(run, hub)) == before
+    assert len(rows(hub)) == 1
+
+
+def test_the_weights_of_a_twin_load_in_timm_without_gbnzoo(tmp_path, hub):
+    if not timm.is_model("test_resnet_gbn"):
+
+        @timm.models.register_model
+        def test_resnet_gbn(pretrained=False, ghost_batch_size=None, **kwargs):
+            return timm.models.resnet.test_resnet(pretrained, **kwargs)
+
+    model = {"name": "test_resnet_gbn"}
+    folder = publish(finished_run(tmp_path, model=model), hub)
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "test_resnet"
+    code = f"""
+import sys
+sys.modules["gbnzoo"] = None  # makes an import of it fail
+import timm, torch
+from safetensors.torch import load_file
+model = timm.create_model("local-dir:{folder}", pretrained=True)
+weights = load_file("{folder}/model.safetensors")
+assert type(model).__module__ == "timm.models.resnet"
+assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_arguments_of_the_recipe_come_back_with_the_weights(tmp_path, hub):
+    recipe = small_recipe(model={"name": "mlp5_gbn", "args": {"width": 16, "depth": 2}})
+    weights = timm.create_model("mlp5_gbn", num_classes=6, in_chans=3, img_size=8, width=16, depth=2).state_dict()
+    folder = publish(finished_run(tmp_path, weights=weights, model=recipe.model.model_dump()), hub)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == [(16, 192), (16, 16), (6, 16)]
+
+
+def test_the_usage_on_a_card_runs_as_written(tmp_path, hub, monkeypatch, capsys):
+    folder = publish(finished_run(tmp_path), hub)
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.fromarray(np.full((9, 11, 3), 128, np.uint8)).save("image.png")
+    (usage,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    exec(compile(usage, "README.md", "exec"), {})
+    assert re.fullmatch(r"class \d \d+\.\d%\n", capsys.readouterr().out)
+
+
+def test_a_new_result_shows_on_the_cards_of_its_ladder(tmp_path, hub):
+    folder = publish(finished_run(tmp_path, top1_percent=60.0), hub)
+    assert "75.00 (1)" not in (folder / "README.md").read_text()
+    assert record_result(finished_run(tmp_path, rung="ra", top1_percent=75.0), hub) == hub / "results.csv"
+    assert "75.00 (1)" in (folder / "README.md").read_text()
+    assert rows(hub)["resnet8_thin_gbn.shapes_ra8", "0"]["sha256"] == ""
+    assert ModelCard.load(folder / "README.md").data.eval_results[0].metric_value == 60.0
+
+
+def test_another_seed_takes_the_folder_over(tmp_path, hub):
+    publish(finished_run(tmp_path), hub)
+    folder = publish(finished_run(tmp_path, seed=1), hub)
+    weights = random_weights(small_recipe(seed=1))
+    assert torch.equal(load_file(folder / "model.safetensors")["conv1.weight"], weights["conv1.weight"])
+    assert [bool(rows(hub)[NAME, seed]["sha256"]) for seed in ("0", "1")] == [False, True]
+    assert {path.name for path in hub.iterdir()} == {NAME, "results.csv"}
+
+
+def test_channels_last_weights_are_published(tmp_path, hub):
+    weights = random_weights(small_recipe())
+    run = finished_run(
+        tmp_path,
+        weights={k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()},
+    )
+    assert all(torch.equal(v, weights[k]) for k, v in load_file(publish(run, hub) / "model.safetensors").items())
+
+
+def test_an_unfinished_run_is_refused(tmp_path, hub):
+    run = finished_run(tmp_path, finished=False)
+    for act in (publish, record_result):
+        with pytest.raises(RunError, match=r"is not finished \(update 4 of 5\); .* --resume"):
+            act(run, hub)
+    assert not hub.exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, hub):
+    with pytest.raises(RunError, match=r"is not a run: it holds no recipe.yaml"):
+        publish(tmp_path, hub)
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path, hub):
+    weights = random_weights(small_recipe())
+    weights["stages.1.0.bn1.running_var"][3] = torch.nan
+    with pytest.raises(ValueError, match=r"not published, NaN or infinity in stages.1.0.bn1.running_var"):
+        publish(finished_run(tmp_path, weights=weights), hub)
+    assert not hub.exists()
+
+
+def test_float64_weights_are_refused(tmp_path, hub):
+    weights = {k: v.double() if v.is_floating_point() else v for k, v in random_weights(small_recipe()).items()}
+    with pytest.raises(ValueError, match=r"bn1.* in torch.float64; timm loads float32"):
+        publish(finished_run(tmp_path, weights=weights), hub)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path, hub):
+    weights = random_weights(small_recipe())
+    weights["extra"] = weights.pop("conv1.weight")
+    weights["head.fc.bias"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"missing: conv1.weight; unexpected: extra; of another shape: head.fc.bias\)"):
+        publish(finished_run(tmp_path, weights=weights), hub)
+    assert not hub.exists()
+
+
+def test_an_architecture_nobody_knows_is_refused(tmp_path, hub):
+    run = finished_run(tmp_path, weights={}, model={"name": "resnet21_gbn"})
+    with pytest.raises(ValueError, match=r"model.name 'resnet21_gbn' is no architecture"):
+        publish(run, hub)
+
+
+def test_a_row_of_published_weights_is_not_overwritten(tmp_path, hub):
+    run = finished_run(tmp_path)
+    publish(run, hub)
+    before = (hub / "results.csv").read_bytes()
+    with pytest.raises(ValueError, match="are published in"):
+        record_result(run, hub)
+    assert (hub / "results.csv").read_bytes() == before
+
+
+def test_when_publishing_fails_what_was_there_stays(tmp_path, hub, monkeypatch):
+    before = contents(publish(finished_run(tmp_path), hub))
+    other = finished_run(tmp_path, seed=1)
+    # timm, made to leave the weights as they were initialised.
+    build = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: build(name, **options | {"pretrained": False}))
+    with pytest.raises(
+        ValueError, match=r"not published, timm loads bn1.bias, .* and \d+ more other than the run left it"
+    ):
+        publish(other, hub)
+    assert contents(hub / NAME) == before
+    assert {path.name for path in hub.iterdir()} == {NAME, "results.csv"}
+    assert [seed for _, seed in rows(hub)] == ["0"]
+
+
+def test_a_damaged_last_checkpoint_is_not_published(tmp_path, hub):
+    folder = finished_run(tmp_path)
+    (checkpoint,) = (folder / "checkpoints").glob("update*")
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(RunError, match="no checkpoint yet"):
+        publish(folder, hub)
+
+
+def test_a_run_is_loaded_with_the_preprocessing_it_was_trained_with(tmp_path):
+    model, config = load_run(Run(finished_run(tmp_path)))
+    assert (
+        timm.data.resolve_model_data_config(model)["mean"]
+        == MEAN
+        != timm.create_model("resnet8_thin_gbn").default_cfg["mean"]
+    )
+    assert config["gbn"]["data"]["name"] == "shapes"
+
+
+def test_loading_fits_exactly_or_not_at_all():
+    model = torch.nn.Linear(2, 3)
+    load_weights(model, {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, "here")
+    assert torch.equal(model.weight, torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"here: its weights do not fit Linear \(missing: bias\)"):
+        load_weights(model, {"weight": torch.ones(3, 2)}, "here")
