@@ -74,7 +74,7 @@ class CifarResNet(Classifier):
 default_cfgs = generate_default_cfgs(
     {
         # scikit-learn's digits.
-        "resnet8_thin_gbn": cifar10_cfg(input_size=(1, 8, 8), pool_size=(2, 2), mean=(0.3059,), std=(0.3754,)),
+        "resnet8_thin_gbn": cifar10_cfg(input_size=(1, 8, 8), pool_size=(2, 2), mean=(0.3066,), std=(0.3766,)),
         "resnet20_gbn": cifar10_cfg(),
         "resnet32_gbn": cifar10_cfg(),
         "resnet44_gbn": cifar10_cfg(),
