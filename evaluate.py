@@ -120,22 +120,19 @@ def load_subject(source: str, *, pretrained: bool = True, checkpoint: Path | Non
         ValueError: if it is none of these, or its weights do not fit.
     """
     folder = Path(source)
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Subject(
-            _name(config, folder.name), _create(f"local-dir:{folder}", pretrained=True), config.get("gbn", {})
-        )
-    if (folder / "recipe.yaml").is_file():
+    is_hub, is_run = ((folder / file).is_file() for file in ("config.json", "recipe.yaml"))
+    is_remote = source.startswith("hf-hub:")
+    if (is_hub or is_run or is_remote) and (checkpoint or not pretrained):
+        raise ValueError(f"{source} has weights of its own; --checkpoint and --no-pretrained go with a name in timm")
+    if is_hub:
+        return _published(f"local-dir:{folder}", folder / "config.json")
+    if is_run:
         model, config = load_run(Run(folder))
         return Subject(folder.name, model, config["gbn"])
-    if source.startswith("hf-hub:"):
-        model = _create(source, pretrained=True)
+    if is_remote:
         repo, _, revision = source.removeprefix("hf-hub:").partition("@")
-        config = json.loads(
-            Path(hf_hub_download(repo, "config.json", revision=revision or None)).read_text(encoding="utf-8")
-        )
-        return Subject(_name(config, repo), model, config.get("gbn", {}))
-    if not timm.is_model(source.partition(".")[0]) or folder.exists():
+        return _published(source, Path(hf_hub_download(repo, "config.json", revision=revision or None)))
+    if folder.exists() or not timm.is_model(source.partition(".")[0]):
         raise ValueError(
             f"{source}: neither a hub folder (it would hold config.json), nor a run's (recipe.yaml), nor a model of timm's;"
             " hf-hub:org/name is read from the Hub, and timm.list_models() knows the names"
@@ -144,6 +141,18 @@ def load_subject(source: str, *, pretrained: bool = True, checkpoint: Path | Non
     if checkpoint:
         load_weights(model, load_file(checkpoint), str(checkpoint))
     return Subject(source, model, {})
+
+
+def _published(source: str, config_file: Path) -> Subject:
+    gbn = json.loads(config_file.read_text(encoding="utf-8")).get("gbn", {})
+    return Subject(gbn.get("name", source), _create(source, pretrained=True), gbn)
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
 
 
 def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, str]]:
@@ -235,14 +244,20 @@ def _check_row(row: Mapping[str, str], hub: Path, settings: Settings) -> tuple[s
 def _images_for(subject: Subject, settings: Settings) -> data.ImageSet:
     """The images to measure with, brought to the model's size and normalised with its constants."""
     wanted, gbn = subject.preprocessing, subject.gbn
-    channels, *size = wanted["input_size"]
-    if _has_own_images(subject, settings):
-        options = {key: value for key, value in gbn["data"].items() if key not in ("name", "augment")}
-    elif settings.data or gbn:
-        size = [settings.img_size] * 2 if settings.img_size else size
-        options = {"image_size": math.floor(max(size) / (settings.crop_pct or wanted["crop_pct"]))}
-    else:
+    channels, height, width = wanted["input_size"]
+    if not (settings.data or gbn):
         raise ValueError(f"{subject.name}: --data is needed, its weights do not say what they were trained on")
+    if settings.img_size:
+        if subject.model.pretrained_cfg.get("fixed_input_size") and (height, width) != (settings.img_size,) * 2:
+            raise ValueError(
+                f"{subject.name} takes images of {height} × {width} only; leave out --img-size {settings.img_size}"
+            )
+        height = width = settings.img_size
+    is_own = _has_own_images(subject, settings)
+    if is_own:
+        options = {key: value for key, value in gbn["data"].items() if key not in ("name", "augment")}
+    else:
+        options = {"image_size": math.floor(max(height, width) / (settings.crop_pct or wanted["crop_pct"]))}
     name, split = settings.data or gbn["data"]["name"], settings.split or gbn.get("split", "test")
     images = load_images(name, split, data_dir=settings.data_dir, **options)
     if subject.model.num_classes != len(images.class_names):
@@ -250,16 +265,17 @@ def _images_for(subject: Subject, settings: Settings) -> data.ImageSet:
             f"{subject.name} tells {subject.model.num_classes} classes apart, {images.name} has {len(images.class_names)};"
             " wanted --data with the classes it was trained on"
         )
-    if channels != images.input_size[0]:
+    found = images.input_size
+    if found[0] != channels:
         raise ValueError(
-            f"{subject.name} takes images of {channels} channel(s), those of {images.name} have {images.input_size[0]}"
+            f"{subject.name} takes images of {channels} channel(s), those of {images.name} have {found[0]}"
         )
-    height, width = wanted["input_size"][1:]
-    if size != [height, width] and subject.model.pretrained_cfg.get("fixed_input_size"):
+    if is_own and found != (channels, height, width):
         raise ValueError(
-            f"{subject.name} takes images of {height} × {width} only; leave out --img-size {settings.img_size}"
+            f"{subject.name} was trained on images of {height} × {width}, those of {images.name} are {found[1]} × {found[2]};"
+            f" --img-size {height} resizes them"
         )
-    cropped = center_crop(images.images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    cropped = center_crop(images.images.permute(0, 3, 1, 2), [height, width]).permute(0, 2, 3, 1)
     return replace(images, images=cropped, mean=wanted["mean"], std=wanted["std"])
 
 
@@ -270,19 +286,6 @@ def _has_own_images(subject: Subject, settings: Settings) -> bool:
         and settings.data in (None, subject.gbn["data"]["name"])
         and settings.img_size is settings.crop_pct is None
     )
-
-
-def _create(name: str, pretrained: bool) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{name} cannot be loaded: {error} (a file with its weights goes with --checkpoint)"
-        ) from error
-
-
-def _name(config: Mapping[str, Any], otherwise: str) -> str:
-    return config.get("gbn", {}).get("name", otherwise)
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, str]], results_format: ResultsFormat) -> None:

@@ -342,7 +342,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns padded to one width; those with words to the left, those of numbers to the right."""
     lines = [tuple(header), *(tuple(map(str, row)) for row in rows)]
     columns = list(zip(*lines, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(2, *map(len, column)) for column in columns]  # the rule of a narrower one would not be Markdown
     sides = ["<" if any(cell[:1].isalpha() for cell in column[1:]) else ">" for column in columns]
     rule = [f"{'-' * (width - 1)}{'-' if side == '<' else ':'}" for width, side in zip(widths, sides, strict=True)]
     return "\n".join(

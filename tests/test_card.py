@@ -153,7 +153,7 @@ def test_the_ladders_table():
 
 
 def test_a_table_without_rows_is_its_header():
-    assert markdown_table(("a", "bb"), []) == "| a | bb |\n| : | -: |"
+    assert markdown_table(("a", "bbb"), []) == "|  a | bbb |\n| -: | --: |"
 
 
 def card(results, **changes):

@@ -214,11 +214,12 @@ def test_weights_from_a_file(tmp_path, data_dir):
         (("no_such_model", "--data", "shapes"), "nor a model of timm's"),
         (("resnet18", "--no-pretrained"), "--data is needed"),
         (("resnet18", "--no-pretrained", "--data", "shapes"), "resnet18 tells 1000 classes apart, shapes has 6"),
+        (("{hub}", "--no-pretrained"), "has weights of its own"),
         (("resnet8_thin_gbn", "--checkpoint", "nowhere.safetensors"), "nowhere.safetensors"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, message, data_dir):
-    result = run_cli(*arguments, "--data-dir", data_dir)
+def test_what_cannot_be_measured_is_one_line(arguments, message, data_dir, hub):
+    result = run_cli(*(a.format(hub=hub / NAME) for a in arguments), "--data-dir", data_dir)
     assert result.exit_code == 2
     assert message in result.output
     assert result.output.splitlines()[-1].startswith("error: ")
@@ -228,6 +229,15 @@ def test_images_of_another_number_of_channels(data_dir):
     grey = evaluate.Subject("grey", timm.create_model("resnet8_thin_gbn", num_classes=6), {})
     with pytest.raises(ValueError, match=r"grey takes images of 1 channel\(s\), those of shapes have 3"):
         evaluate.measure(grey, evaluate.Settings("shapes", data_dir))
+
+
+def test_images_that_are_no_longer_of_the_runs_size(hub, tmp_path, image_parquet):
+    data_dir = image_parquet("shapes", shape=(9, 9, 3), num_classes=6)
+    with pytest.raises(
+        ValueError, match=r"trained on images of 8 × 8, those of shapes are 9 × 9; --img-size 8 resizes"
+    ):
+        measured(hub / NAME, data_dir=data_dir)
+    assert measured(hub / NAME, data_dir=data_dir, img_size=8)[0].n == 20
 
 
 def test_a_size_that_the_network_cannot_take(data_dir, tmp_path):
