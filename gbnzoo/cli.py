@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 app.command("train")(train.main)
 
-QUICKSTART_RECIPE = "recipes/digits/resnet8_thin_gbn.yaml"
+QUICKSTART_RECIPE, QUICKSTART_OVERRIDES = "recipes/digits/resnet8_thin_gbn.yaml", ()
 
 RecipePath = Annotated[str, typer.Argument(help="YAML file, e.g. recipes/mnist/mlp5_gbn.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="single keys, e.g. base.epochs=10")]
@@ -35,19 +35,19 @@ Plot = Annotated[Path, typer.Option(help="PNG file of the ladder")]
 @app.command()
 def quickstart(
     out: Out = Path("quickstart"),
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each rung")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each rung, with seeds 0, 1, …")] = 1,
 ) -> None:
     """The whole thread on embedded data: train the ladder on digits, publish its last rung, load it with timm, evaluate."""
     import timm
 
     with plain_errors():
-        runs = train_ladder(QUICKSTART_RECIPE, (), range(seeds), out / "runs", data_dir=None)
+        runs = train_ladder(QUICKSTART_RECIPE, QUICKSTART_OVERRIDES, range(seeds), out / "runs", data_dir=None)
         rows = report.ladder_rows(runs)
         print(report.ladder_table(rows))
         report.ladder_plot(rows, out / "ladder.png")
         print(f"\nplot: {out / 'ladder.png'}")
 
-        recipe = load_recipe(QUICKSTART_RECIPE, rung="ra", seed=0)
+        recipe = load_recipe(QUICKSTART_RECIPE, QUICKSTART_OVERRIDES, rung="ra", seed=0)
         folder = publish(out / "runs" / recipe.run_name, out / "hub")
         print(f"published: {folder}")
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
