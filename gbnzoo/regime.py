@@ -5,6 +5,7 @@ library only, so that `gbnzoo plan` can tell what a run will do before anything 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -180,14 +181,15 @@ def derive_regime(
 class Layout:
     """How the batch of one update is spread over processes and accumulation steps; never changes the result.
 
-    Process r of W holds the ghosts r, r + W, r + 2W, … of the global batch, and takes them in that order, so that running
-    statistics can be merged exactly (see `gbnzoo.norm.shard_running_statistics`).
+    Processes stand in groups: of one where a micro-batch holds whole ghosts, else of the consecutive processes that hold
+    each ghost together. Group j of G has the ghosts j, j + G, j + 2G, … of the global batch and takes them in that order, so
+    that running statistics can be merged exactly (see `gbnzoo.norm.shard_running_statistics`).
 
     Args:
         batch_size: samples per update.
         ghost_batch_size: samples normalised together.
-        processes: W, one per device.
-        micro_batch_size: samples of one forward pass on one process.
+        processes: one per device.
+        micro_batch_size: samples of one forward pass on one process: some whole ghosts, or an equal part of one.
     """
 
     batch_size: int
@@ -195,17 +197,33 @@ class Layout:
     processes: int
     micro_batch_size: int
 
+    def __str__(self) -> str:
+        spread = (
+            f"{self.processes} process(es) × {self.accumulation} accumulation × micro-batch {self.micro_batch_size:,}"
+        )
+        return f"{spread}, each ghost over {self.processes_per_ghost}" if self.processes_per_ghost > 1 else spread
+
     @property
     def accumulation(self) -> int:
         return self.batch_size // (self.processes * self.micro_batch_size)
 
+    @property
+    def processes_per_ghost(self) -> int:
+        return max(1, self.ghost_batch_size // self.micro_batch_size)
+
+    @property
+    def groups(self) -> int:
+        return self.processes // self.processes_per_ghost
+
     def micro_batches(self, rank: int) -> list[list[range]]:
         """Positions in the global batch that process `rank` takes: per accumulation step, one range per ghost."""
+        group, place = divmod(rank, self.processes_per_ghost)
+        part = min(self.micro_batch_size, self.ghost_batch_size)
+        first = group * self.ghost_batch_size + place * part
         ghosts = [
-            range(first, first + self.ghost_batch_size)
-            for first in range(rank * self.ghost_batch_size, self.batch_size, self.processes * self.ghost_batch_size)
+            range(start, start + part) for start in range(first, self.batch_size, self.groups * self.ghost_batch_size)
         ]
-        per_step = self.micro_batch_size // self.ghost_batch_size
+        per_step = self.micro_batch_size // part
         return [ghosts[i : i + per_step] for i in range(0, len(ghosts), per_step)]
 
 
@@ -217,34 +235,53 @@ def choose_layout(
     micro_batch_size: int | None = None,
     max_micro_batch_size: int = 512,
 ) -> Layout:
-    """The layout asked for, or the one with the largest micro-batch of whole ghosts up to `max_micro_batch_size`.
+    """The layout asked for, or the one with the largest micro-batch up to `max_micro_batch_size`.
 
-    A ghost is never split, so a micro-batch is at least one ghost even where that is above the maximum.
+    Whole ghosts go before parts, which cost an exchange in every normalisation, forward and backward. Where every micro-batch
+    is above the maximum, the smallest is taken.
 
     Raises:
         ValueError: naming the process counts or micro-batch sizes that fit.
     """
-    num_ghosts = batch_size // ghost_batch_size
-    if num_ghosts % processes:
+    ghosts = batch_size // ghost_batch_size
+    whole, parts = _micro_batch_sizes(ghosts, ghost_batch_size, processes)
+    if not whole and not parts:
+        near = {n for n in range(1, 2 * processes + 1) if any(_micro_batch_sizes(ghosts, ghost_batch_size, n))}
         raise ValueError(
-            f"batch_size {batch_size} cannot be split over {processes} processes into micro-batches that are multiples of"
-            f" ghost_batch_size {ghost_batch_size}; it fits on {_listed(_divisors(num_ghosts))}"
+            f"batch_size {batch_size} cannot be split over {processes} processes into micro-batches that are multiples, or"
+            f" equal parts, of ghost_batch_size {ghost_batch_size}; it fits on {_listed({*_divisors(ghosts)} | near)} processes"
         )
-    fitting = [ghost_batch_size * d for d in _divisors(num_ghosts // processes)]
     if micro_batch_size is None:
-        micro_batch_size = max([size for size in fitting if size <= max_micro_batch_size], default=ghost_batch_size)
-    if micro_batch_size not in fitting:
+        sizes = whole or parts
+        micro_batch_size = max((size for size in sizes if size <= max_micro_batch_size), default=min(sizes))
+    if micro_batch_size not in (*whole, *parts):
+        elsewhere = ""
+        if 0 < micro_batch_size < ghost_batch_size and ghost_batch_size % micro_batch_size == 0:
+            members = ghost_batch_size // micro_batch_size
+            elsewhere = f", and {micro_batch_size} fits on {_listed(members * d for d in _divisors(ghosts))} processes"
         raise ValueError(
-            f"micro_batch_size {micro_batch_size} does not cut batch_size {batch_size} over {processes} process(es) into equal"
-            f" parts of whole ghosts of {ghost_batch_size}; {_listed(fitting)} fit"
+            f"micro_batch_size {micro_batch_size} does not cut batch_size {batch_size} over {processes} process(es) into whole"
+            f" ghosts of {ghost_batch_size}, nor into equal parts that lie on different processes (accumulation steps cannot"
+            f" share a ghost); {_listed([*parts, *whole])} fit{elsewhere}"
         )
     return Layout(batch_size, ghost_batch_size, processes, micro_batch_size)
+
+
+def _micro_batch_sizes(ghosts: int, ghost_batch_size: int, processes: int) -> tuple[list[int], list[int]]:
+    """Sizes that give each process whole ghosts, and sizes that give it an equal part of one."""
+    whole = [ghost_batch_size * d for d in _divisors(ghosts // processes)] if ghosts % processes == 0 else []
+    parts = [
+        ghost_batch_size // members
+        for members in _divisors(processes)[1:]
+        if ghost_batch_size % members == 0 and ghosts % (processes // members) == 0
+    ]
+    return whole, parts
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _listed(values: list[int]) -> str:
-    *head, last = map(str, values)
+def _listed(values: Iterable[int]) -> str:
+    *head, last = map(str, sorted(values))
     return f"{', '.join(head)} or {last}" if head else last

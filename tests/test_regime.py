@@ -115,18 +115,50 @@ def test_every_layout_covers_the_batch_once_in_whole_ghosts(processes, micro_bat
     assert sorted(position for ghost in seen for position in ghost) == list(range(64))
 
 
+def test_a_ghost_over_processes_is_met_by_all_of_them_in_the_same_step():
+    # 6 ghosts of 8, in parts of 4, over 4 processes: two groups of two, three steps.
+    layout = Layout(batch_size=48, ghost_batch_size=8, processes=4, micro_batch_size=4)
+    assert (layout.processes_per_ghost, layout.groups, layout.accumulation) == (2, 2, 3)
+    assert [layout.micro_batches(rank) for rank in range(4)] == [
+        [[range(0, 4)], [range(16, 20)], [range(32, 36)]],
+        [[range(4, 8)], [range(20, 24)], [range(36, 40)]],
+        [[range(8, 12)], [range(24, 28)], [range(40, 44)]],
+        [[range(12, 16)], [range(28, 32)], [range(44, 48)]],
+    ]
+
+
 def test_the_largest_micro_batch_of_whole_ghosts_is_chosen():
     assert choose_layout(4096, 128).micro_batch_size == 512
-    assert choose_layout(4096, 4096).micro_batch_size == 4096  # a ghost is never split
+    assert choose_layout(4096, 4096).micro_batch_size == 4096  # one process cannot share a ghost
     assert choose_layout(4096, 128, processes=32).accumulation == 1
     assert choose_layout(384, 96, max_micro_batch_size=300).micro_batch_size == 192
 
 
+def test_a_ghost_is_shared_where_there_are_too_few_for_all_processes():
+    assert str(choose_layout(4096, 4096, processes=8)) == (
+        "8 process(es) × 1 accumulation × micro-batch 512, each ghost over 8"
+    )
+    assert choose_layout(4096, 128, processes=64).processes_per_ghost == 2
+    # Of 2 × 1 and 1 × 2 (ghost parts × steps) on four processes the one within the maximum.
+    assert choose_layout(8192, 4096, processes=4, max_micro_batch_size=2048).processes_per_ghost == 2
+    assert choose_layout(8192, 4096, processes=4, max_micro_batch_size=1024).processes_per_ghost == 4
+
+
 def test_layouts_that_do_not_fit_name_those_that_do():
-    with pytest.raises(ValueError, match=r"over 6 processes .* it fits on 1, 2, 4, 8, 16 or 32"):
+    with pytest.raises(ValueError, match=r"over 6 processes .* it fits on 1, 2, 4, 8, 16 or 32 processes"):
         choose_layout(4096, 128, processes=6)
-    with pytest.raises(ValueError, match=r"micro_batch_size 100 .* 128, 256, 512 or 1024 fit"):
+    with pytest.raises(ValueError, match=r"over 48 processes .* it fits on 1, 2, 4, 8, 16, 32 or 64 processes"):
+        choose_layout(4096, 128, processes=48)
+    with pytest.raises(ValueError, match=r"micro_batch_size 100 .* 32, 64, 128, 256, 512 or 1024 fit$"):
         choose_layout(4096, 128, processes=4, micro_batch_size=100)
+
+
+def test_a_ghost_over_accumulation_steps_is_refused():
+    with pytest.raises(
+        ValueError,
+        match=r"accumulation steps cannot share a ghost\); 128, 256, 512 or 1024 fit, and 64 fits on 2, 4, 8 or 16 processes",
+    ):
+        choose_layout(1024, 128, micro_batch_size=64)
 
 
 def test_the_ladder_has_the_papers_order():
