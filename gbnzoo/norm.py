@@ -22,6 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from gbnzoo.spanning import spanning_batch_norm
+
 
 def ghost_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_rows: int, eps: float
@@ -91,6 +93,7 @@ class _GhostBatchNorm(_BatchNorm):
     rows_per_sample = 1
     rank = 0
     world_size = 1
+    process_group = None  # of the processes that hold each ghost together
 
     def __init__(self, *args, ghost_batch_size: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -131,10 +134,22 @@ class _GhostBatchNorm(_BatchNorm):
         if not torch.jit.is_scripting():
             self._count_rows(input.shape[0])
         ghost_rows = self.ghost_batch_size * self.rows_per_sample
-        y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps)
+        if torch.jit.is_scripting() or self.process_group is None:
+            y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps)
+        else:
+            y, mean, var = self._normalize_part_of_ghost(input, ghost_rows)
         if self.track_running_stats and not _is_recomputation():
             self.update_running_statistics(mean, var)
         return y
+
+    def _normalize_part_of_ghost(self, input: Tensor, ghost_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        processes = torch.distributed.get_world_size(self.process_group)
+        if input.shape[0] * processes != ghost_rows:
+            raise ValueError(
+                f"{input.shape[0]} rows on each of {processes} processes make no ghost of {ghost_rows} rows"
+                f" ({self.ghost_batch_size} samples); each must bring an equal part of one"
+            )
+        return spanning_batch_norm(input, self.weight, self.bias, self.eps, self.process_group)
 
     def _count_rows(self, rows: int) -> None:
         """Where the batch's samples are counted, find how many consecutive rows of dim 0 belong to each."""
@@ -273,7 +288,7 @@ def revert_ghost_batchnorm(model: nn.Module) -> nn.Module:
     """
     for layer in _ghost_layers(model):
         layer.__class__ = _PLAIN_CLASSES[type(layer)]
-        for name in ("ghost_batch_size", "samples", "rows_per_sample", "rank", "world_size"):
+        for name in ("ghost_batch_size", "samples", "rows_per_sample", "rank", "world_size", "process_group"):
             layer.__dict__.pop(name, None)
     _remove_hooks(model, _begin_counting, _end_counting, count_samples)
     return model
@@ -337,6 +352,22 @@ def _remove_hooks(model: nn.Module, *ours: Callable) -> None:
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def span_processes(model: nn.Module, process_group: torch.distributed.ProcessGroup) -> None:
+    """Let each ghost lie over the processes of a group, an equal part of its samples on each; statistics are theirs together.
+
+    From then on these processes must run the model together, forward and backward, each on ghost_batch_size / processes
+    samples. With one group of all processes and the whole batch as ghost this is SyncBatchNorm, on CPUs too. All processes of
+    a group hold the same running statistics. Layers without ghosts stay as they are.
+
+    Args:
+        model: changed in place.
+        process_group: of at least two processes, e.g. from `torch.distributed.new_subgroups`.
+    """
+    for layer in _ghost_layers(model):
+        if layer.ghost_batch_size is not None:
+            layer.process_group = process_group
 
 
 def shard_running_statistics(model: nn.Module, rank: int, world_size: int) -> None:

@@ -10,7 +10,8 @@ import gbnzoo
 PACKAGE = Path(gbnzoo.__file__).parent
 MAY_IMPORT = {
     "kernels": set(),
-    "norm": {"kernels"},
+    "spanning": set(),
+    "norm": {"kernels", "spanning"},
     "regime": set(),
     "data": set(),
     "metrics": set(),
@@ -53,6 +54,7 @@ def test_arithmetic_and_text_need_no_torch(module):
 def test_regime_is_the_standard_library_alone():
     assert {name.split(".")[0] for name in imported(PACKAGE / "regime.py")} <= {
         "math",
+        "collections",
         "dataclasses",
         "fractions",
         "typing",
