@@ -1,1 +1,46 @@
-"""The fused ghost norm; one function picks the kernel."""
+"""The fused ghost norm; `pick` chooses the kernel.
+
+`GBNZOO_KERNELS=0` in the environment turns every kernel off.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gbnzoo.kernels import cpu
+
+_ARE_ON = os.environ.get("GBNZOO_KERNELS") != "0"
+
+
+def pick(x: Tensor, ghost_rows: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """A kernel that does for x what `gbnzoo.norm.ghost_batch_norm` does with torch's own operators.
+
+    Args:
+        x: [N, C] or [N, C, ...].
+        ghost_rows: rows of dim 0 in a ghost, at least 1.
+
+    Returns:
+        A function of ghost_batch_norm's arguments, and `residual` and `relu` after them; None where there is no kernel:
+        for other devices and dtypes, a single value per channel, forward-mode and vectorised differentiation.
+    """
+    values = min(x.shape[0], ghost_rows) * x.shape[2:].numel()
+    if not _ARE_ON or x.device.type != "cpu" or x.dtype not in cpu.DTYPES or values < 2 or x.shape[1] == 0:
+        return None
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        if cpu.LIBRARY is None:
+            _say_none_was_built()
+    return None if cpu.LIBRARY is None else cpu.ghost_batch_norm
+
+
+@functools.cache
+def _say_none_was_built() -> None:
+    logging.getLogger(__name__).warning(
+        "gbnzoo was installed without its compiled CPU kernels: ghost norm takes the slower path through torch's operators."
+        " With a C++ compiler at hand, reinstall it; GBNZOO_KERNELS=0 silences this"
+    )

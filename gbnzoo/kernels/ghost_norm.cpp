@@ -1,0 +1,725 @@
+// Ghost batch normalisation on the CPU, forward and backward, fused with the residual addition and the ReLU behind it.
+//
+// A *slab*, some channels of one ghost, fits in cache: it is read from memory once for its statistics, and from cache,
+// last read first, to be normalised. Values are float32 or bfloat16, all arithmetic is float32, long sums are double.
+// setup.py compiles this file once for each instruction set, cpu.py calls it through ctypes: it knows no torch, no Python.
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE __attribute__((always_inline)) inline
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// Bytes. Measured on one core of Zen 4 and Zen 5; all four are flat around these values.
+constexpr int64_t kAhead = 4096;            // from what is computed on to what is prefetched
+constexpr int64_t kBlock = 64 << 10;        // of the rows crossed by one strip of columns after the other
+constexpr int64_t kGhostInL3 = 8 << 20;     // a channels-last ghost above this is cut into columns
+constexpr int64_t kStreamedOutput = 24 << 20;  // an output above this would only push other things out of the cache
+
+// ---------------------------------------------------------------------------------------------------------- vectors
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Index __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline Vec splat(float a) { return Vec{} + a; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const bf16* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)  // gcc 12 widens by halves when left alone
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+#elif defined(__AVX2__)
+  return (Vec)((Bits)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+  return (Vec)(__builtin_convertvector(h, Bits) << 16);
+#endif
+}
+
+// Round to nearest even; a NaN that arithmetic made stays one.
+inline Half rounded(Vec v) {
+#if defined(__AVX512BF16__)
+  return (Half)_mm512_cvtneps_pbh((__m512)v);
+#else
+  Bits u = (Bits)v;
+  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, Half);
+#endif
+}
+
+template <bool STREAM>
+inline void store(float* p, Vec v) {
+#if defined(__AVX512F__)
+  if (STREAM) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if (STREAM) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <bool STREAM>
+inline void store(bf16* p, Vec v) {
+  Half h = rounded(v);
+#if defined(__AVX512F__)
+  if (STREAM) return _mm256_stream_si256((__m256i*)p, (__m256i)h);
+#elif defined(__AVX2__)
+  if (STREAM) return _mm_stream_si128((__m128i*)p, (__m128i)h);
+#endif
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// PART: only the first `lanes` values are there; the rest reads as zero and is not written.
+template <bool PART, class T>
+inline Vec load(const T* p, int64_t lanes) {
+  if (!PART) return load(p);
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, lanes * sizeof(T));
+  return load(buffer);
+}
+
+template <bool PART, bool STREAM, class T>
+inline void store(T* p, Vec v, int64_t lanes) {
+  if (!PART) return store<STREAM>(p, v);
+  T buffer[kLanes];
+  store<false>(buffer, v);
+  std::memcpy(p, buffer, lanes * sizeof(T));
+}
+
+template <bool PART>
+inline Vec first(Vec v, int64_t lanes) {
+  if (!PART) return v;
+  Index i;
+  for (int l = 0; l < kLanes; ++l) i[l] = l;
+  return i < (int32_t)lanes ? v : Vec{};
+}
+
+// Both let a NaN through, as torch's do.
+inline Vec relu(Vec v) { return v < 0 ? Vec{} : v; }
+inline Vec relu_gradient(Vec before, Vec dy) { return before <= 0 ? Vec{} : dy; }
+
+template <int V, class T>
+inline void prefetch(const T* p) {
+  constexpr int kBytes = V * kLanes * sizeof(T);
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch((const char*)p + b);
+}
+
+// ----------------------------------------------------------------------------------------------------------- layouts
+
+struct Problem {
+  int64_t samples, channels, pixels, ghost_samples;
+  int64_t ghosts() const { return std::max<int64_t>(1, samples / ghost_samples); }
+};
+
+// Some channels of some rows of one ghost.
+struct Slab {
+  int64_t row, rows, channel, channels;
+};
+
+// V vectors wide, `rows` deep. Its values start at `offset`, its constants and sums at `column`.
+struct Strip {
+  int64_t offset, rows, stride, ahead, column, lanes;
+};
+
+// Contiguous [samples, channels, pixels]. A row is a sample, a column a channel: all lanes of a strip share constants.
+struct Planes : Problem {
+  static constexpr bool kSharedColumn = true;
+
+  int64_t rows_per_sample() const { return 1; }
+  int64_t values_per_row() const { return pixels; }
+  int64_t repeats() const { return 1; }
+  int64_t block_rows(int64_t, int64_t) const { return std::max<int64_t>(1, 65536 / pixels); }
+  int64_t at(int64_t row, int64_t channel) const { return (row * channels + channel) * pixels; }
+  bool keeps_alignment() const { return pixels % kLanes == 0; }
+
+  int64_t slab_channels(int64_t bytes_per_value, int64_t threads) const {
+    static const int64_t l2_bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+      if (sysconf(_SC_LEVEL2_CACHE_SIZE) > 0) return (int64_t)sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+      return (int64_t)1 << 20;
+    }();
+    int64_t fitting = l2_bytes * 5 / 8 / (ghost_samples * pixels * bytes_per_value);
+    int64_t blocks = (channels + std::max<int64_t>(1, fitting) - 1) / std::max<int64_t>(1, fitting);
+    blocks = std::min(channels, std::max(blocks, (2 * threads + ghosts() - 1) / ghosts()));
+    return (channels + blocks - 1) / blocks;
+  }
+
+  // In pieces of at most kAhead bytes; over one the next is prefetched.
+  template <class T, class Op>
+  void each(const Slab& s, bool reverse, const Op& op) const {
+    const int64_t piece = std::min<int64_t>(pixels, kAhead / Op::kStreams / sizeof(T));
+    const int64_t first_row = s.row + (reverse ? s.rows - 1 : 0), first_column = reverse ? s.channels - 1 : 0;
+    const int64_t step = reverse ? -1 : 1;
+    for (int64_t i = 0; i < s.rows; ++i) {
+      for (int64_t j = 0; j < s.channels; ++j) {
+        const int64_t row = first_row + i * step, column = first_column + j * step;
+        const int64_t plane = at(row, s.channel + column);
+        const int64_t next_plane = j + 1 < s.channels ? plane + step * pixels
+                                   : i + 1 < s.rows   ? at(row + step, s.channel + first_column)
+                                                      : plane;
+        for (int64_t begin = 0; begin < pixels; begin += piece) {
+          const bool is_last = begin + piece >= pixels;
+          const int64_t offset = plane + begin, ahead = is_last ? next_plane - offset : piece;
+          along(op, Strip{offset, 0, 0, ahead, column, 0}, std::min(piece, pixels - begin));
+        }
+      }
+    }
+  }
+
+  template <class Op>
+  INLINE static void along(const Op& op, Strip s, int64_t length) {
+    s.stride = 4 * kLanes, s.rows = length / s.stride;
+    if (s.rows) op.template strip<4, false>(s);
+    s.offset += s.rows * s.stride, length -= s.rows * s.stride;
+    s.stride = kLanes, s.rows = length / kLanes, s.lanes = length % kLanes;
+    if (s.rows) op.template strip<1, false>(s);
+    s.offset += s.rows * kLanes, s.rows = 1;
+    if (s.lanes) op.template strip<1, true>(s);
+  }
+};
+
+// Channels last, [samples · pixels, channels]. Several rows of few channels count as one, to fill a strip of four vectors and
+// not more: two strips side by side read memory with gaps, at 0.7 times the speed.
+struct Columns : Problem {
+  static constexpr bool kSharedColumn = false;
+
+  int64_t rows_per_sample() const { return pixels; }
+  int64_t values_per_row() const { return 1; }
+  int64_t repeats() const { return std::max<int64_t>(1, 64 / channels); }
+  int64_t at(int64_t row, int64_t channel) const { return row * channels + channel; }
+  bool keeps_alignment() const { return channels % kLanes == 0; }
+
+  int64_t block_rows(int64_t slab_channels, int64_t bytes) const {
+    return repeats() * std::clamp<int64_t>(kBlock / (repeats() * slab_channels * bytes), 16, 512);
+  }
+
+  int64_t slab_channels(int64_t bytes_per_value, int64_t) const {
+    const bool fits = ghost_samples * pixels * channels * bytes_per_value <= kGhostInL3;
+    return fits ? channels : std::min<int64_t>(channels, 64);
+  }
+
+  template <class T, class Op>
+  void each(const Slab& s, bool, const Op& op) const {
+    const int64_t width = repeats() * s.channels, stride = repeats() * channels;
+    const int64_t ahead = stride * std::max<int64_t>(1, kAhead / Op::kStreams / (width * (int64_t)sizeof(T)));
+    const int64_t rows = s.rows / repeats(), begin = at(s.row, s.channel);
+    if (rows) across(op, Strip{begin, rows, stride, ahead, 0, 0}, width);
+    across(op, Strip{begin + rows * stride, 1, 0, 0, 0, 0}, s.rows % repeats() * channels);
+  }
+
+  template <class Op>
+  INLINE static void across(const Op& op, Strip s, int64_t width) {
+    s.lanes = width % kLanes;
+    for (const int64_t begin = s.offset; s.column < width; s.offset = begin + s.column) {
+      const int64_t vectors = (width - s.column) / kLanes;
+      if (vectors >= 4) op.template strip<4, false>(s), s.column += 4 * kLanes;
+      else if (vectors >= 2) op.template strip<2, false>(s), s.column += 2 * kLanes;
+      else if (vectors == 1) op.template strip<1, false>(s), s.column += kLanes;
+      else op.template strip<1, true>(s), s.column = width;
+    }
+  }
+};
+
+// -------------------------------------------------------------------------------------------------------- operations
+
+// A constant for each column, readable a vector at a time to past the last.
+template <bool SHARED>
+INLINE Vec constant(const float* values, int64_t column, int v) {
+  return SHARED ? splat(values[column]) : load(values + column + v * kLanes);
+}
+
+// Two running sums: of each column, or where a strip shares its column, of kLanes parts of it.
+struct Sums {
+  float *a, *b;
+
+  template <bool SHARED, int V>
+  INLINE void add(int64_t column, const Vec* more_a, const Vec* more_b) const {
+    for (int v = 0; v < V; ++v) {
+      const int64_t i = SHARED ? column * kLanes : column + v * kLanes;
+      store<false>(a + i, load(a + i) + more_a[v]);
+      store<false>(b + i, load(b + i) + more_b[v]);
+    }
+  }
+};
+
+// Σ (x - shift) and Σ (x - shift)².
+template <class T, bool SHARED>
+struct Moments {
+  static constexpr int kStreams = 1;
+  const T* x;
+  const float* shift;
+  Sums sums;
+
+  template <int V, bool PART>
+  INLINE void strip(const Strip& s) const {
+    Vec k[V], a[V] = {}, b[V] = {};
+    for (int v = 0; v < V; ++v) k[v] = constant<SHARED>(shift, s.column, v);
+    const T* p = x + s.offset;
+    for (int64_t r = 0; r < s.rows; ++r, p += s.stride) {
+      prefetch<V>(p + s.ahead);
+      for (int v = 0; v < V; ++v) {
+        const Vec d = first<PART>(load<PART>(p + v * kLanes, s.lanes) - k[v], s.lanes);
+        a[v] += d;
+        b[v] += d * d;
+      }
+    }
+    sums.template add<SHARED, V>(s.column, a, b);
+  }
+};
+
+// y = (x - mean) · scale + bias, then + residual, then max(0, ·).
+template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM>
+struct Normalize {
+  static constexpr int kStreams = 1;
+  const T *x, *residual;
+  T* y;
+  const float *mean, *scale, *bias;
+
+  template <int V, bool PART>
+  INLINE void strip(const Strip& s) const {
+    Vec m[V], a[V], b[V];
+    for (int v = 0; v < V; ++v) {
+      m[v] = constant<SHARED>(mean, s.column, v);
+      a[v] = constant<SHARED>(scale, s.column, v);
+      b[v] = constant<SHARED>(bias, s.column, v);
+    }
+    const T *const from = x, *const other = residual;
+    T* const to = y;
+    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
+      if (ADD) prefetch<V>(other + i + s.ahead);
+      for (int v = 0; v < V; ++v) {
+        Vec value = (load<PART>(from + i + v * kLanes, s.lanes) - m[v]) * a[v] + b[v];
+        if (ADD) value += load<PART>(other + i + v * kLanes, s.lanes);
+        if (RELU) value = relu(value);
+        store<PART, STREAM>(to + i + v * kLanes, value, s.lanes);
+      }
+    }
+  }
+};
+
+// The gradient behind the ReLU. Without a residual, whether it let a value through is computed anew from x; with one, y tells.
+template <class T, bool ADD, bool RELU>
+struct Incoming {
+  const T *dy, *y;
+
+  template <bool PART>
+  INLINE Vec at(int64_t i, int64_t lanes, Vec centred, Vec scale, Vec bias) const {
+    const Vec d = load<PART>(dy + i, lanes);
+    if (!RELU) return d;
+    return relu_gradient(ADD ? load<PART>(y + i, lanes) : centred * scale + bias, d);
+  }
+};
+
+// Σ d and Σ d · (x - mean), d the gradient behind the ReLU; d is also the residual's gradient.
+template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM>
+struct GradientSums {
+  static constexpr int kStreams = 2;
+  const T* x;
+  Incoming<T, ADD, RELU> incoming;
+  T* dresidual;
+  const float *mean, *scale, *bias;
+  Sums sums;
+
+  template <int V, bool PART>
+  INLINE void strip(const Strip& s) const {
+    Vec m[V], g[V], h[V], a[V] = {}, b[V] = {};
+    for (int v = 0; v < V; ++v) {
+      m[v] = constant<SHARED>(mean, s.column, v);
+      g[v] = constant<SHARED>(scale, s.column, v);
+      h[v] = constant<SHARED>(bias, s.column, v);
+    }
+    const T* const from = x;
+    T* const to = dresidual;
+    const Incoming<T, ADD, RELU> in = incoming;
+    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
+      prefetch<V>(from + i + s.ahead);
+      prefetch<V>(in.dy + i + s.ahead);
+      if (ADD && RELU) prefetch<V>(in.y + i + s.ahead);
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = i + v * kLanes;
+        const Vec centred = load<PART>(from + at, s.lanes) - m[v];
+        const Vec d = in.template at<PART>(at, s.lanes, centred, g[v], h[v]);
+        if (ADD && RELU) store<PART, STREAM>(to + at, d, s.lanes);
+        a[v] += d;
+        b[v] += d * centred;
+      }
+    }
+    sums.template add<SHARED, V>(s.column, a, b);
+  }
+};
+
+// dx = scale · d - (x - mean) · slope - offset.
+template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM>
+struct GradientApply {
+  static constexpr int kStreams = 2;
+  const T* x;
+  Incoming<T, ADD, RELU> incoming;
+  T* dx;
+  const float *mean, *scale, *bias, *slope, *offset;
+
+  template <int V, bool PART>
+  INLINE void strip(const Strip& s) const {
+    Vec m[V], g[V], h[V], a[V], b[V];
+    for (int v = 0; v < V; ++v) {
+      m[v] = constant<SHARED>(mean, s.column, v);
+      g[v] = constant<SHARED>(scale, s.column, v);
+      h[v] = constant<SHARED>(bias, s.column, v);
+      a[v] = constant<SHARED>(slope, s.column, v);
+      b[v] = constant<SHARED>(offset, s.column, v);
+    }
+    const T* const from = x;
+    T* const to = dx;
+    const Incoming<T, ADD, RELU> in = incoming;
+    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = i + v * kLanes;
+        const Vec centred = load<PART>(from + at, s.lanes) - m[v];
+        const Vec d = in.template at<PART>(at, s.lanes, centred, g[v], h[v]);
+        store<PART, STREAM>(to + at, g[v] * d - centred * a[v] - b[v], s.lanes);
+      }
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ threads
+
+// GOMP_parallel of the OpenMP runtime that torch itself uses: its threads are awake, and there is no second pool.
+typedef void (*ParallelRegion)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+ParallelRegion parallel_region = nullptr;
+
+template <class F>
+void parallel(int64_t items, int64_t threads, const F& f) {
+  struct Work {
+    const F& f;
+    int64_t items;
+    std::atomic<int64_t> next;
+  } work{f, items, {0}};
+  auto body = [](void* data) {
+    Work& work = *(Work*)data;
+    for (int64_t i; (i = work.next++) < work.items;) work.f(i);
+  };
+  threads = std::min(threads, items);
+  if (threads > 1 && parallel_region) parallel_region(body, &work, threads, 0);
+  else body(&work);
+}
+
+// Calls job(ghost, slab, parts) for all slabs. Enough of them for all threads are one thread's each, in one part; else all
+// threads share each, in parts of its rows.
+template <class Layout, class Job>
+void each_slab(const Layout& layout, int64_t bytes_per_value, int64_t threads, const Job& job) {
+  const int64_t width = layout.slab_channels(bytes_per_value, threads);
+  const int64_t blocks = (layout.channels + width - 1) / width, ghosts = layout.ghosts(), slabs = ghosts * blocks;
+  const bool are_enough = slabs % threads == 0 || slabs >= 4 * threads;
+  parallel(slabs, are_enough ? threads : 1, [&](int64_t i) {
+    const int64_t ghost = i / blocks, first = ghost * layout.ghost_samples, channel = i % blocks * width;
+    const int64_t samples = ghost == ghosts - 1 ? layout.samples - first : layout.ghost_samples;
+    const Slab slab{first * layout.rows_per_sample(), samples * layout.rows_per_sample(), channel,
+                    std::min(width, layout.channels - channel)};
+    job(ghost, slab, are_enough ? 1 : std::min(threads, slab.rows));
+  });
+}
+
+template <class F>
+void each_part(const Slab& s, int64_t parts, const F& f) {
+  parallel(parts, parts, [&](int64_t i) {
+    const int64_t begin = s.rows * i / parts, end = s.rows * (i + 1) / parts;
+    f(Slab{s.row + begin, end - begin, s.channel, s.channels}, i);
+  });
+}
+
+template <class T, class Layout, class F>
+void each_block(const Layout& layout, const Slab& s, bool reverse, const F& f) {
+  const int64_t step = layout.block_rows(s.channels, sizeof(T)), blocks = (s.rows + step - 1) / step;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t begin = (reverse ? blocks - 1 - i : i) * step;
+    f(Slab{s.row + begin, std::min(step, s.rows - begin), s.channel, s.channels});
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ drivers
+
+// Rows of constants or sums for all columns of a slab, zero at first.
+struct Scratch {
+  int64_t size;
+  std::vector<float> memory;
+
+  Scratch(int64_t rows, int64_t columns) : size(columns + kLanes), memory(rows * size) {}
+  float* row(int64_t i) { return memory.data() + i * size; }
+};
+
+// totals[0 : channels] and totals[channels : 2 · channels] are the sums over a slab of the summing operation make(sums).
+template <class T, class Layout, class Make>
+void sum(const Layout& layout, const Slab& slab, double* __restrict totals, const Make& make) {
+  const int64_t repeats = layout.repeats(), channels = slab.channels;
+  Scratch scratch(2, channels * repeats * (Layout::kSharedColumn ? kLanes : 1));
+  const auto op = make(Sums{scratch.row(0), scratch.row(1)});
+  std::fill_n(totals, 2 * channels, 0.0);
+  each_block<T>(layout, slab, false, [&](const Slab& block) {
+    layout.template each<T>(block, false, op);
+    for (int i = 0; i < 2; ++i) {
+      const float* __restrict sums = scratch.row(i);
+      double* __restrict total = totals + i * channels;
+      if (Layout::kSharedColumn) {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t l = 0; l < kLanes; ++l) total[c] += sums[c * kLanes + l];
+      } else {
+        for (int64_t k = 0; k < repeats; ++k)
+          for (int64_t c = 0; c < channels; ++c) total[c] += sums[k * channels + c];
+      }
+    }
+    std::fill(scratch.memory.begin(), scratch.memory.end(), 0.f);
+  });
+}
+
+// The sums over all parts of a slab, into those of the first.
+void add_parts(std::vector<double>& totals, int64_t parts) {
+  const int64_t size = totals.size() / parts;
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < size; ++i) totals[i] += totals[part * size + i];
+}
+
+// Fill the constants of all columns from those of the first `channels`.
+void repeat(float* values, int64_t channels, int64_t repeats) {
+  for (int64_t k = 1; k < repeats; ++k) std::copy_n(values, channels, values + k * channels);
+}
+
+template <class T>
+struct Forward {
+  const T *x, *residual;
+  const float *weight, *bias;
+  float eps;
+  T* y;
+  float *mean, *variance, *invstd;  // [ghosts, channels]; the variance is unbiased
+
+  template <bool ADD, bool RELU, bool STREAM, class Layout>
+  void run(const Layout& layout, int64_t threads) const {
+    constexpr bool kShared = Layout::kSharedColumn;
+    each_slab(layout, sizeof(T), threads, [&](int64_t ghost, const Slab& s, int64_t parts) {
+      const int64_t repeats = layout.repeats(), first = ghost * layout.channels + s.channel;
+      Scratch scratch(3, s.channels * repeats);
+      float *means = scratch.row(0), *scales = scratch.row(1), *biases = scratch.row(2);
+      std::vector<double> totals(parts * 2 * s.channels);
+
+      // A guess that is many standard deviations off would cancel digits of the variance: then the mean is the next guess.
+      guess_means(layout, s, means);
+      for (int attempt = 0, is_off = 1; is_off && attempt < 2; ++attempt) {
+        repeat(means, s.channels, repeats);
+        each_part(s, parts, [&](const Slab& part, int64_t i) {
+          sum<T>(layout, part, &totals[i * 2 * s.channels],
+                 [&](Sums sums) { return Moments<T, kShared>{x, means, sums}; });
+        });
+        add_parts(totals, parts);
+        is_off = finish(s.channels, s.rows * layout.values_per_row(), totals.data(), means, first);
+      }
+      for (int64_t c = 0; c < s.channels; ++c) {
+        scales[c] = invstd[first + c] * (weight ? weight[s.channel + c] : 1.f);
+        biases[c] = bias ? bias[s.channel + c] : 0.f;
+      }
+      for (int i = 0; i < 3; ++i) repeat(scratch.row(i), s.channels, repeats);
+
+      each_part(s, parts, [&](const Slab& part, int64_t) {
+        const Normalize<T, kShared, ADD, RELU, STREAM> op{x, residual, y, means, scales, biases};
+        each_block<T>(layout, part, true, [&](const Slab& block) { layout.template each<T>(block, true, op); });
+        if (STREAM) finish_streaming();
+      });
+    });
+  }
+
+  // Means of a few values of each channel.
+  template <class Layout>
+  void guess_means(const Layout& layout, const Slab& s, float* guess) const {
+    const int64_t rows = std::min<int64_t>(4, s.rows), values = std::min<int64_t>(kLanes, layout.values_per_row());
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = x + layout.at(s.row + r * (s.rows / rows), s.channel);
+      if (Layout::kSharedColumn) {
+        for (int64_t c = 0; c < s.channels; ++c) {
+          const Vec v = load<true>(row + c * layout.pixels, values);
+          for (int l = 0; l < kLanes; ++l) guess[c] += v[l];
+        }
+      } else {
+        for (int64_t c = 0; c < s.channels; c += kLanes)
+          store<false>(guess + c, load(guess + c) + load<true>(row + c, std::min<int64_t>(kLanes, s.channels - c)));
+      }
+    }
+    for (int64_t c = 0; c < s.channels; ++c) guess[c] /= rows * values;
+  }
+
+  // The statistics, from `at` on, out of the sums; `means` turns from guesses into means. Returns how many guesses were off.
+  int64_t finish(int64_t channels, int64_t count, const double* totals, float* __restrict means, int64_t at) const {
+    const double* squares = totals + channels;
+    float *__restrict m = mean + at, *__restrict v = variance + at, *__restrict i = invstd + at;
+    const double per_value = 1.0 / count;
+    const float unbias = (float)count / (count - 1);
+    int64_t off = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double d = totals[c] * per_value, biased = squares[c] * per_value - d * d;
+      off += d * d > 64 * biased;
+      m[c] = means[c] = (float)(means[c] + d);
+      v[c] = biased < 0 ? 0.f : (float)biased;
+    }
+    for (int64_t c = 0; c < channels; ++c) i[c] = 1.f / std::sqrt(v[c] + eps);
+    for (int64_t c = 0; c < channels; ++c) v[c] *= unbias;
+    return off;
+  }
+};
+
+template <class T>
+struct Backward {
+  const T *dy, *x, *y;
+  const float *weight, *bias, *mean, *invstd;
+  T *dx, *dresidual;
+  float *dweight, *dbias;  // [channels]
+
+  template <bool ADD, bool RELU, bool STREAM, class Layout>
+  void run(const Layout& layout, int64_t threads) const {
+    constexpr bool kShared = Layout::kSharedColumn;
+    const Incoming<T, ADD, RELU> incoming{dy, y};
+    std::vector<float> dweights(layout.ghosts() * layout.channels), dbiases(dweights.size());
+    each_slab(layout, 2 * sizeof(T), threads, [&](int64_t ghost, const Slab& s, int64_t parts) {
+      const int64_t repeats = layout.repeats(), first = ghost * layout.channels + s.channel;
+      Scratch scratch(5, s.channels * repeats);
+      float *means = scratch.row(0), *scales = scratch.row(1), *biases = scratch.row(2);
+      float *slopes = scratch.row(3), *offsets = scratch.row(4);
+      std::vector<double> totals(parts * 2 * s.channels);
+
+      for (int64_t c = 0; c < s.channels; ++c) {
+        means[c] = mean[first + c];
+        scales[c] = invstd[first + c] * (weight ? weight[s.channel + c] : 1.f);
+        biases[c] = bias ? bias[s.channel + c] : 0.f;
+      }
+      for (int i = 0; i < 3; ++i) repeat(scratch.row(i), s.channels, repeats);
+      each_part(s, parts, [&](const Slab& part, int64_t i) {
+        sum<T>(layout, part, &totals[i * 2 * s.channels], [&](Sums sums) {
+          return GradientSums<T, kShared, ADD, RELU, STREAM>{x, incoming, dresidual, means, scales, biases, sums};
+        });
+        if (STREAM) finish_streaming();
+      });
+      add_parts(totals, parts);
+
+      const double per_value = 1.0 / (s.rows * layout.values_per_row());
+      for (int64_t c = 0; c < s.channels; ++c) {
+        const double is = invstd[first + c], d = totals[c], d_normalized = totals[s.channels + c] * is;
+        dbiases[first + c] = (float)d;
+        dweights[first + c] = (float)d_normalized;
+        offsets[c] = (float)(scales[c] * d * per_value);
+        slopes[c] = (float)(scales[c] * is * d_normalized * per_value);
+      }
+      for (int i = 3; i < 5; ++i) repeat(scratch.row(i), s.channels, repeats);
+      each_part(s, parts, [&](const Slab& part, int64_t) {
+        const GradientApply<T, kShared, ADD, RELU, STREAM> op{x, incoming, dx, means, scales, biases, slopes, offsets};
+        each_block<T>(layout, part, true, [&](const Slab& block) { layout.template each<T>(block, true, op); });
+        if (STREAM) finish_streaming();
+      });
+    });
+    sum_ghosts(dweights, layout, dweight);
+    sum_ghosts(dbiases, layout, dbias);
+  }
+
+  static void sum_ghosts(const std::vector<float>& values, const Problem& p, float* sums) {
+    std::vector<double> total(p.channels);
+    for (int64_t g = 0; g < p.ghosts(); ++g)
+      for (int64_t c = 0; c < p.channels; ++c) total[c] += values[g * p.channels + c];
+    std::copy(total.begin(), total.end(), sums);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------- entry points
+
+// Make template arguments of what is known only now.
+template <class F>
+void with(bool flag, const F& f) {
+  if (flag) f(std::true_type{});
+  else f(std::false_type{});
+}
+
+template <class Direction>
+void dispatch(const Direction& direction, const Problem& problem, bool channels_last, bool add, bool relu, int64_t threads,
+              int64_t bytes, std::initializer_list<const void*> outputs) {
+  with(channels_last, [&](auto last) {
+    typedef std::conditional_t<last.value, Columns, Planes> Layout;
+    const Layout layout{problem};
+    bool stream = layout.keeps_alignment() && problem.samples * problem.channels * problem.pixels * bytes >= kStreamedOutput;
+    for (const void* output : outputs) stream &= (uintptr_t)output % 64 == 0;
+    with(add, [&](auto add) {
+      with(relu, [&](auto relu) {
+        with(stream, [&](auto stream) {
+          direction.template run<add.value, relu.value, stream.value>(layout, threads);
+        });
+      });
+    });
+  });
+}
+
+}  // namespace
+
+// All tensors are dense and of one layout, statistics and parameters float32. weight, bias and residual may be null.
+extern "C" {
+
+// Whether this processor can run what this file was compiled to.
+int ghost_norm_is_supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 1;
+#endif
+}
+
+void ghost_norm_use_threads_of(void* gomp_parallel) { parallel_region = (ParallelRegion)gomp_parallel; }
+
+#define GHOST_NORM(NAME, T)                                                                                                \
+  void ghost_norm_forward_##NAME(int64_t samples, int64_t channels, int64_t pixels, int64_t ghost_samples,                 \
+                                 int channels_last, int relu, int64_t threads, float eps, const T* x, const T* residual,  \
+                                 const float* weight, const float* bias, T* y, float* mean, float* variance,              \
+                                 float* invstd) {                                                                         \
+    dispatch(Forward<T>{x, residual, weight, bias, eps, y, mean, variance, invstd},                                       \
+             {samples, channels, pixels, ghost_samples}, channels_last, residual, relu, threads, sizeof(T), {y});         \
+  }                                                                                                                       \
+  void ghost_norm_backward_##NAME(int64_t samples, int64_t channels, int64_t pixels, int64_t ghost_samples,                \
+                                  int channels_last, int relu, int64_t threads, const T* dy, const T* x, const T* y,      \
+                                  const float* weight, const float* bias, const float* mean, const float* invstd, T* dx,  \
+                                  T* dresidual, float* dweight, float* dbias) {                                           \
+    dispatch(Backward<T>{dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias},                            \
+             {samples, channels, pixels, ghost_samples}, channels_last, dresidual, relu, threads, sizeof(T),              \
+             {dx, dresidual});                                                                                            \
+  }
+
+GHOST_NORM(float, float)
+GHOST_NORM(bfloat16, bf16)
+}

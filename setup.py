@@ -1,0 +1,26 @@
+"""Compiles the CPU kernel once for each instruction set; all else is in pyproject.toml.
+
+Each extension is optional: where there is no compiler, or not for this instruction set, the package installs without it.
+They are plain shared objects that gbnzoo.kernels loads through ctypes, no Python modules.
+"""
+
+from setuptools import Extension, setup
+
+INSTRUCTION_SETS = {
+    "avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "avx2": ["-march=x86-64-v3"],
+    "portable": [],
+}
+
+setup(
+    ext_modules=[
+        Extension(
+            f"gbnzoo.kernels._ghost_norm_{name}",
+            ["gbnzoo/kernels/ghost_norm.cpp"],
+            language="c++",
+            extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *flags],
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+)
