@@ -8,6 +8,7 @@ Source: Hoffer et al. 2017, arXiv 1705.08741, algorithm 1.
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator
 
 import timm.layers.norm_act
@@ -49,9 +50,13 @@ def ghost_batch_norm(
 
     Source: Hoffer et al. 2017, arXiv 1705.08741, algorithm 1.
     """
-    ghosts = max(1, x.shape[0] // ghost_rows)
+    rows = x.shape[0]
+    if not torch.jit.is_scripting():
+        # A constant to torch.compile, which then compiles once per batch size; about a symbolic one it reasons for minutes.
+        rows = operator.index(rows)
+    ghosts = max(1, rows // ghost_rows)
     whole_rows = (ghosts - 1) * ghost_rows
-    if x.shape[0] == whole_rows + ghost_rows or ghosts == 1:
+    if rows == whole_rows + ghost_rows or ghosts == 1:
         return _normalize_equal_ghosts(x, weight, bias, ghosts, eps)
     y, mean, var = _normalize_equal_ghosts(x[:whole_rows], weight, bias, ghosts - 1, eps)
     last_y, last_mean, last_var = _normalize_equal_ghosts(x[whole_rows:], weight, bias, 1, eps)
