@@ -35,7 +35,7 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
         for direction, arguments in _ARGUMENTS.items():
             function = getattr(library, f"ghost_norm_{direction}_{dtype}")
             function.argtypes, function.restype = arguments, None
-    # torch has its OpenMP runtime loaded for all to see. A second one would fight it for the cores; without any, one thread works.
+    # The OpenMP runtime torch has loaded for all to see: a second one would fight it for the cores. Without, one thread works.
     if gomp_parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None):
         library.ghost_norm_use_threads_of(gomp_parallel)
     return library

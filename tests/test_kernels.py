@@ -1,0 +1,296 @@
+"""The CPU kernels, one for each instruction set, against torch's BatchNorm on each ghost in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gbnzoo import kernels
+from gbnzoo.kernels import cpu, reference
+
+GHOST = 8
+SHAPES = [  # whole and ragged batches, fewer samples than a ghost; vectors that fit and that do not
+    (16, 3, 5, 7),
+    (20, 16, 8, 8),
+    (17, 64, 4, 4),
+    (3, 24, 7, 7),
+    (33, 17),
+    (24, 130),
+    (14, 1, 3, 3),
+    (12, 40, 13),
+    (8, 5, 2, 3, 4),
+    (32, 10, 1, 1),
+]
+LAYOUTS = ["contiguous", "channels_last"]
+DTYPES = [torch.float32, torch.bfloat16]
+FUSIONS = {"plain": (False, False), "relu": (False, True), "add": (True, False), "add_relu": (True, True)}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=cpu.INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    library = cpu.load(request.param)
+    if library is None:
+        pytest.skip(f"the {request.param} kernel is not built (python setup.py build_ext --inplace) or cannot run here")
+    monkeypatch.setattr(cpu, "LIBRARY", library)
+
+
+@pytest.fixture
+def kernel():
+    return (
+        cpu.ghost_batch_norm if cpu.LIBRARY else pytest.skip("no kernel is built: python setup.py build_ext --inplace")
+    )
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def laid_out(x, layout):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
+
+
+def oracle(x, weight, bias, ghost_rows, residual=None, relu=False):
+    """In float64, BatchNorm shown the ghosts one after the other, the last one with the remainder."""
+    x, weight, bias = (None if tensor is None else tensor.double() for tensor in (x, weight, bias))
+    whole = max(1, len(x) // ghost_rows) - 1
+    pieces, means, variances = [], [], []
+    for ghost in x.split([ghost_rows] * whole + [len(x) - whole * ghost_rows]):
+        mean, variance = (torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+        pieces.append(F.batch_norm(ghost, mean, variance, weight, bias, training=True, momentum=1.0))
+        means.append(mean)
+        variances.append(variance)
+    y = torch.cat(pieces)
+    if residual is not None:
+        y = y + residual.double()
+    return y.relu() if relu else y, torch.stack(means), torch.stack(variances)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("instruction_set", "threads")
+def test_outputs_statistics_and_gradients_are_those_of_batchnorm_on_each_ghost(dtype, layout, fusion):
+    adds, relu = FUSIONS[fusion]
+    for shape in SHAPES:
+        x, residual, dy = (laid_out(torch.randn(shape) + 2, layout).to(dtype) for _ in range(3))
+        inputs = [x, torch.rand(shape[1]) + 0.5, torch.randn(shape[1])] + ([residual] if adds else [])
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        y, mean, variance = cpu.ghost_batch_norm(*inputs[:3], GHOST, 1e-5, *inputs[3:], relu=relu)
+        true_y, true_mean, true_variance = oracle(*inputs[:3], GHOST, *inputs[3:], relu=relu)
+
+        assert y.dtype == dtype
+        assert y.stride() == x.stride()
+        torch.testing.assert_close(mean.double(), true_mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(variance.double(), true_variance, rtol=2e-6, atol=1e-6)
+        close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}  # half an ulp
+        torch.testing.assert_close(y.double(), true_y, **close)
+
+        # A gradient where the ReLU's input rounds to zero is anybody's.
+        dy = dy * ((true_y > 1e-3) | (true_y == 0))
+        ours, true = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(true_y, inputs, dy.double())
+        close["atol"] *= 10
+        for mine, other in zip(ours, true, strict=True):
+            torch.testing.assert_close(mine, other, **close)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("instruction_set")
+def test_without_affine_parameters(layout):
+    x = laid_out(torch.randn(10, 6, 3, 5), layout).requires_grad_()
+    dy = torch.randn_like(x)
+    y, true_y = cpu.ghost_batch_norm(x, None, None, GHOST, 1e-5)[0], oracle(x, None, None, GHOST)[0]
+    torch.testing.assert_close(y.double(), true_y, rtol=1e-5, atol=1e-5)
+    (dx,), (true_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(true_y, x, dy.double())
+    torch.testing.assert_close(dx, true_dx, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mean", [0.5, 100.0, 1000.0])
+@pytest.mark.usefixtures("instruction_set")
+def test_far_from_zero_the_error_is_below_twice_that_of_batchnorm(mean, layout):
+    x = 0.1 * torch.randn(32, 8, 16, 16) + mean
+    ours, _, variance = cpu.ghost_batch_norm(laid_out(x, layout), None, None, 32, 1e-5)
+    theirs = F.batch_norm(x, None, None, training=True)
+    truth, _, true_variance = oracle(x, None, None, 32)
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+    torch.testing.assert_close(variance.double(), true_variance, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("instruction_set")
+def test_first_samples_unlike_all_others_cancel_no_digits(layout):
+    x = 0.1 * torch.randn(64, 8, 16, 16) + 1000
+    x[0] = 0
+    x[0, :, 0, 0] = 1000
+    *_, variance = cpu.ghost_batch_norm(laid_out(x, layout), None, None, 64, 1e-5)
+    torch.testing.assert_close(variance.double(), oracle(x, None, None, 64)[2], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.usefixtures("instruction_set")
+def test_nan_and_infinity_reach_the_output_of_their_ghost_and_no_other(relu, layout):
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(16, 6, 3, 3)
+        x[1, 2, 0, 0] = bad
+        y, *_ = cpu.ghost_batch_norm(laid_out(x, layout), None, None, GHOST, 1e-5, relu=relu)
+        expected = torch.zeros_like(y, dtype=torch.bool)
+        expected[:GHOST, 2] = True
+        torch.testing.assert_close(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("instruction_set")
+def test_outputs_beyond_the_cache_are_the_same_bits(dtype, layout):
+    """These are written past the cache; ghost by ghost they are not."""
+    x, residual, dy = (laid_out(torch.randn(16, 64, 112, 112), layout).to(dtype) for _ in range(3))
+    weight, bias = torch.rand(64), torch.randn(64)
+
+    def results(x, residual, dy):
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y, *_ = cpu.ghost_batch_norm(x, weight, bias, GHOST, 1e-5, residual, relu=True)
+        return y, *torch.autograd.grad(y, (x, residual), dy)
+
+    pieces = [results(*ghost) for ghost in zip(*(tensor.split(GHOST) for tensor in (x, residual, dy)), strict=True)]
+    for whole, *parts in zip(results(x, residual, dy), *pieces, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_ghost_on_two_threads(kernel, threads, layout):
+    x = laid_out(torch.randn(32, 4, 9, 9), layout).requires_grad_()
+    dy = torch.randn_like(x)
+    y, true_y = kernel(x, None, None, 32, 1e-5)[0], oracle(x, None, None, 32)[0]
+    torch.testing.assert_close(y.double(), true_y, rtol=1e-5, atol=1e-5)
+    (dx,), (true_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(true_y, x, dy.double())
+    torch.testing.assert_close(dx, true_dx, rtol=1e-5, atol=1e-5)
+
+
+def test_any_strides_are_read(kernel):
+    wide = torch.randn(8, 12, 6, 10)
+    for x in (wide[:, ::2], wide[..., ::3], wide.transpose(2, 3), laid_out(wide, "channels_last")[:, :7], wide[::2]):
+        x = x.detach().requires_grad_()
+        y, true_y = kernel(x, None, None, 2, 1e-5)[0], oracle(x, None, None, 2)[0]
+        torch.testing.assert_close(y.double(), true_y, rtol=1e-5, atol=1e-5)
+        dy = torch.randn(1, 1, 1, x.shape[3]).expand(x.shape)
+        (dx,), (true_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(true_y, x, dy.double())
+        torch.testing.assert_close(dx, true_dx, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_only_what_the_gradient_needs_is_kept(kernel, fusion):
+    adds, relu = FUSIONS[fusion]
+    x, residual = (torch.randn(8, 6, 5, 5, requires_grad=True) for _ in range(2))
+    large = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: large.append(t) if t.shape == x.shape else t, lambda t: t):
+        y, *_ = kernel(x, None, None, GHOST, 1e-5, residual if adds else None, relu)
+    assert {tensor.data_ptr() for tensor in large} == (
+        {x.data_ptr(), y.data_ptr()} if adds and relu else {x.data_ptr()}
+    )
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_second_derivatives(kernel, fusion):
+    adds, relu = FUSIONS[fusion]
+    x, residual, dy = (torch.randn(10, 3, 4, 4) for _ in range(3))
+    inputs = [x, torch.rand(3) + 0.5, torch.randn(3)] + ([residual] if adds else [])
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def gradients_of_a_gradient_norm(y, dy):
+        first = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        return torch.autograd.grad(
+            sum(gradient.square().sum() for gradient in first), inputs[:3], materialize_grads=True
+        )
+
+    y, *_ = kernel(*inputs[:3], GHOST, 1e-5, *inputs[3:], relu=relu)
+    true_y, *_ = oracle(*inputs[:3], GHOST, *inputs[3:], relu=relu)
+    ours, true = gradients_of_a_gradient_norm(y, dy), gradients_of_a_gradient_norm(true_y, dy.double())
+    for mine, other in zip(ours, true, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_compiles_without_a_graph_break(kernel, fusion, dynamic):
+    adds, relu = FUSIONS[fusion]
+
+    def layer(x, weight, bias, residual):
+        y, mean, variance = kernel(x.sin(), weight, bias, GHOST, 1e-5, residual, relu)
+        return y.cos(), mean, variance
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for samples in (8, 10):
+        x, residual = (torch.randn(samples, 6, 5, 5, requires_grad=True) for _ in range(2))
+        weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
+        inputs = (x, weight, bias, residual) if adds else (x, weight, bias)
+        results = []
+        for function in (layer, compiled):
+            y, *statistics = function(x, weight, bias, residual if adds else None)
+            results.append([y, *statistics, *torch.autograd.grad(y.square().sum(), inputs)])
+        torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+def test_operators_keep_their_promises_to_torch(kernel):
+    x = laid_out(torch.randn(10, 6, 5, 5), "channels_last")
+    weight, bias = torch.randn(6), torch.randn(6)
+    checks = ("test_schema", "test_faketensor")
+    forward = torch.ops.gbnzoo.ghost_batch_norm.default
+    for residual in (None, x):
+        torch.library.opcheck(forward, (x, residual, weight, bias, GHOST, 1e-5, True), test_utils=checks)
+        y, mean, _, invstd = forward(x, residual, weight, bias, GHOST, 1e-5, True)
+        arguments = (x, x, None if residual is None else y, weight, bias, mean, invstd, GHOST, True)
+        torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm_backward.default, arguments, test_utils=checks)
+
+
+def test_pick_leaves_to_torch_what_no_kernel_does(kernel):
+    x = torch.randn(8, 3, 2, 2)
+    assert kernels.pick(x, 4) is kernel
+    assert kernels.pick(x.bfloat16(), 4) is kernel
+    assert kernels.pick(x.half(), 4) is None
+    assert kernels.pick(x.double(), 4) is None
+    assert kernels.pick(x.to("meta"), 4) is None
+    assert kernels.pick(x, 1) is kernel
+    assert kernels.pick(x[..., :1, :1], 1) is None
+    assert torch.func.vmap(lambda x: torch.tensor(kernels.pick(x, 4) is None).expand(1))(x[None]).all()
+
+
+def test_environment_turns_kernels_off():
+    code = "import torch; from gbnzoo import kernels; print(kernels.pick(torch.randn(8, 3), 4))"
+    environment = os.environ | {"GBNZOO_KERNELS": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "None\n"
+
+
+def test_missing_kernels_are_mentioned_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "LIBRARY", None)
+    kernels._say_none_was_built.cache_clear()
+    assert kernels.pick(torch.randn(8, 3), 4) is None
+    assert kernels.pick(torch.randn(8, 3), 4) is None
+    assert len(caplog.records) == 1
+    assert "compiler" in caplog.text
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_reference(fusion):
+    adds, relu = FUSIONS[fusion]
+    x, residual = (torch.randn(10, 3, 4, 4, dtype=torch.float64) for _ in range(2))
+    weight, bias = (torch.randn(3, dtype=torch.float64) for _ in range(2))
+    arguments = (x, weight, bias, GHOST)
+    residual = residual if adds else None
+    torch.testing.assert_close(
+        reference.ghost_batch_norm(*arguments, 1e-5, residual, relu), oracle(*arguments, residual, relu)
+    )
