@@ -16,6 +16,7 @@ from timm.models import (
     get_arch_pretrained_cfgs,
     model_entrypoint,
     register_model,
+    register_notrace_module,
     resolve_pretrained_cfg,
 )
 from timm.models.efficientvit_msra import LocalWindowAttention
@@ -26,6 +27,8 @@ from gbnzoo.norm import become_ghosts, count_samples
 
 # They fold tokens and windows into dim 0, each sample's rows together; in all others dim 0 is the samples.
 FOLDING_MODULES = (LinearNorm, LocalWindowAttention)
+for _folding_module in FOLDING_MODULES:
+    register_notrace_module(_folding_module)
 
 default_cfgs = {}
 _logger = logging.getLogger(__name__)
