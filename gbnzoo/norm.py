@@ -15,9 +15,9 @@ import timm.layers.norm_act
 import timm.layers.split_batchnorm
 import timm.utils.model
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -105,10 +105,15 @@ class _GhostBatchNorm(_BatchNorm):
         self.ghost_batch_size = _checked(ghost_batch_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.normalize(input)
+        if not torch.jit.is_scripting() and isinstance(input, torch.fx.Proxy):
+            # One node to every FX tracer, as torch's own layers are: what it does depends on the batch.
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        return self.activate(self.normalize(input))
+
+    def activate(self, y: Tensor) -> Tensor:
+        return y
 
     def normalize(self, input: Tensor) -> Tensor:
-        """The layer without timm's dropout and activation."""
         self._check_input_dim(input)
         if self.ghost_batch_size is not None and self.training and input.shape[0] > 0:
             return self.normalize_ghosts(input)
@@ -194,7 +199,6 @@ class _GhostBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}, ghost_batch_size={self.ghost_batch_size}"
 
 
-@register_notrace_module
 class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
     """nn.BatchNorm1d that in training normalises each ghost, `ghost_batch_size` consecutive samples, by itself.
 
@@ -214,22 +218,19 @@ class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
     """
 
 
-@register_notrace_module
 class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
     """nn.BatchNorm2d over ghosts; see GhostBatchNorm1d."""
 
 
-@register_notrace_module
 class GhostBatchNorm3d(_GhostBatchNorm, nn.BatchNorm3d):
     """nn.BatchNorm3d over ghosts; see GhostBatchNorm1d."""
 
 
-@register_notrace_module
 class GhostBatchNormAct2d(_GhostBatchNorm, BatchNormAct2d):
     """timm's BatchNormAct2d over ghosts; see GhostBatchNorm1d."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(self.normalize(x)))
+    def activate(self, y: Tensor) -> Tensor:
+        return self.act(self.drop(y))
 
 
 def _checked(ghost_batch_size: int | None) -> int | None:
@@ -322,10 +323,17 @@ def _way_out(layer: _BatchNorm) -> str:
 def count_samples(module: nn.Module, args: tuple[Tensor]) -> None:
     """Forward pre-hook for a module that folds tokens or windows into dim 0: tells its ghost layers the true samples.
 
-    Every sample's rows must be consecutive. A scripted module cannot tell, and refuses to train.
+    Every sample's rows must be consecutive. A scripted module cannot tell, and refuses to train; so does one that FX has
+    traced through.
     """
     if torch.jit.is_scripting():
         assert not module.training, "ghosts of folded samples cannot be trained in TorchScript"
+    elif isinstance(args[0], torch.fx.Proxy):
+        if module.training:
+            raise TypeError(
+                f"a traced {type(module).__name__} cannot tell its samples from what it folds them with: trace it in eval,"
+                " or as one node, by timm.models.create_feature_extractor"
+            )
     else:
         _set_samples(module, args[0].shape[0])
 
