@@ -259,6 +259,12 @@ def test_weights_in_a_hub_folder_that_do_not_fit_are_named(hub, data_dir):
     save_file(weights, hub / NAME / "model.safetensors")
     result = run_cli(hub / NAME, "--data-dir", data_dir)
     assert result.exit_code == 2
+    assert "not the weights that were published" in result.output
+    config = json.loads((hub / NAME / "config.json").read_text())
+    del config["gbn"]["sha256"]
+    (hub / NAME / "config.json").write_text(json.dumps(config))
+    result = run_cli(hub / NAME, "--data-dir", data_dir)
+    assert result.exit_code == 2
     assert "conv1.weight" in result.output
 
 

@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from torch import nn
 
 from gbnzoo.models._base import Classifier, cifar10_cfg
 from gbnzoo.norm import GhostBatchNorm1d, GhostBatchNorm2d
+from gbnzoo.pretrained import register_model
 
 
 def fully_connected(in_features: int, out_features: int, norm_layer: partial) -> nn.Sequential:

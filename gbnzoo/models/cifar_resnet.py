@@ -9,12 +9,13 @@ start normal with variance 2 / (kernel area · output channels), classifiers as 
 from functools import partial
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from timm.models.resnet import BasicBlock, downsample_avg, downsample_conv
 from torch import nn
 
 from gbnzoo.models._base import Classifier, cifar10_cfg, init_he_normal
 from gbnzoo.norm import GhostBatchNorm2d
+from gbnzoo.pretrained import register_model
 
 
 class CifarResNet(Classifier):

@@ -7,11 +7,12 @@ from itertools import pairwise
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from torch import nn
 
 from gbnzoo.models._base import Classifier
 from gbnzoo.norm import GhostBatchNorm1d
+from gbnzoo.pretrained import register_model
 
 
 class Mlp(Classifier):

@@ -9,11 +9,12 @@ in their authors' code; classifiers as torch's.
 from functools import partial
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from torch import nn
 
 from gbnzoo.models._base import Classifier, cifar10_cfg, init_he_normal
 from gbnzoo.norm import GhostBatchNorm2d
+from gbnzoo.pretrained import register_model
 
 
 class PreActBlock(nn.Module):

@@ -6,11 +6,12 @@ Unlike the source its classifier has a bias, as every head in timm. All weights 
 from functools import partial
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from torch import nn
 
 from gbnzoo.models._base import Classifier, cifar10_cfg
 from gbnzoo.norm import GhostBatchNorm2d
+from gbnzoo.pretrained import register_model
 
 
 class Residual(nn.Module):

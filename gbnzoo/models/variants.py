@@ -15,7 +15,6 @@ from timm.models import (
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
     model_entrypoint,
-    register_model,
     register_notrace_module,
     resolve_pretrained_cfg,
 )
@@ -24,6 +23,7 @@ from timm.models.levit import LinearNorm
 from torch import nn
 
 from gbnzoo.norm import become_ghosts, count_samples
+from gbnzoo.pretrained import register_model
 
 # They fold tokens and windows into dim 0, each sample's rows together; in all others dim 0 is the samples.
 FOLDING_MODULES = (LinearNorm, LocalWindowAttention)
