@@ -88,10 +88,13 @@ def _normalize_equal_ghosts(
     return y, mean.view(ghosts, channels), var.view(ghosts, channels)
 
 
+_GHOST_ATTRIBUTES = ("ghost_batch_size", "rows_per_sample", "rank", "world_size", "process_group")
+
+
 class _GhostBatchNorm(_BatchNorm):
     """What the ghost layers share; torch's and timm's classes, which they also inherit from, hold the rest."""
 
-    __constants__ = [*_BatchNorm.__constants__, "ghost_batch_size", "rows_per_sample", "rank", "world_size"]  # noqa: RUF012
+    __constants__ = (*_BatchNorm.__constants__, *_GHOST_ATTRIBUTES)
 
     ghost_batch_size = None
     samples = None  # in the batch of the forward in progress, where count_samples tells
@@ -105,9 +108,10 @@ class _GhostBatchNorm(_BatchNorm):
         self.ghost_batch_size = _checked(ghost_batch_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and isinstance(input, torch.fx.Proxy):
-            # One node to every FX tracer, as torch's own layers are: what it does depends on the batch.
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+        if not torch.jit.is_scripting():  # noqa: SIM102, for torch.jit skips what stands inside, not what stands beside
+            if isinstance(input, torch.fx.Proxy):
+                # One node to every FX tracer, as torch's own layers are: what it does depends on the batch.
+                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         return self.activate(self.normalize(input))
 
     def activate(self, y: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class _GhostBatchNorm(_BatchNorm):
         if not torch.jit.is_scripting():
             self._count_rows(input.shape[0])
         ghost_rows = self.ghost_batch_size * self.rows_per_sample
-        if torch.jit.is_scripting() or self.process_group is None:
+        if self.process_group is None:
             y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps)
         else:
             y, mean, var = self._normalize_part_of_ghost(input, ghost_rows)
@@ -294,7 +298,7 @@ def revert_ghost_batchnorm(model: nn.Module) -> nn.Module:
     """
     for layer in _ghost_layers(model):
         layer.__class__ = _PLAIN_CLASSES[type(layer)]
-        for name in ("ghost_batch_size", "samples", "rows_per_sample", "rank", "world_size", "process_group"):
+        for name in (*_GHOST_ATTRIBUTES, "samples"):
             layer.__dict__.pop(name, None)
     _remove_hooks(model, _begin_counting, _end_counting, count_samples)
     return model
