@@ -9,7 +9,7 @@ Source: Hoffer et al. 2017, arXiv 1705.08741, algorithm 1.
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import timm.layers.norm_act
 import timm.layers.split_batchnorm
@@ -343,14 +343,14 @@ def count_samples(module: nn.Module, args: tuple[Tensor]) -> None:
 
 
 def _begin_counting(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    if model.training:
+    if any(layer.training for layer in _ghost_layers(model)):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         _set_samples(model, tensors[0].shape[0] if tensors else None)
 
 
 def _end_counting(model: nn.Module, args: tuple, output: object) -> None:
     # A submodule may be called by itself next, with another batch. What checkpointing repeats uses rows_per_sample.
-    if model.training:
+    if any(layer.training for layer in _ghost_layers(model)):
         _set_samples(model, None)
 
 
@@ -457,6 +457,36 @@ def gathered_running_statistics(
         yield
     finally:
         hold(share, rank, world_size)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics by the mean of those of all ghosts in some batches: precise BatchNorm.
+
+    The model runs as in eval (no dropout, no drop path) but for its ghost layers, which normalise by the ghosts they meet. On a
+    split model each process brings its ghosts, and the sum over processes is the mean over all.
+
+    Args:
+        model: its ghost layers are changed in place; each module is then in the mode it was in.
+        batches: inputs of the model, of which each process has equally many ghosts.
+
+    Source: Wu and Johnson 2021, arXiv 2105.07576, section 3.1.
+    """
+    layers = [layer for layer in _ghost_layers(model) if layer.track_running_stats]
+    training, momenta = {module: module.training for module in model.modules()}, [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.training = True
+        layer.momentum = None  # a plain mean
+        layer.reset_running_stats()
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
 # Where libraries replace BatchNorm layers by class.

@@ -121,7 +121,11 @@ class GradientNoise(_Section):
 
 
 class Recipe(_Section):
-    """The science of a run. `rung` picks how much of the paper applies; `seed` fixes everything random."""
+    """The science of a run. `rung` picks how much of the paper applies; `seed` fixes everything random.
+
+    `statistics: recalibrated` ends the run by putting in place of BatchNorm's running averages the exact mean over the
+    ghosts of its first epoch (precise BN); see `gbnzoo.norm.recalibrate`.
+    """
 
     model: Model
     data: Data
@@ -131,6 +135,7 @@ class Recipe(_Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gradient_noise: GradientNoise | None = None
     evaluations: PositiveInt = 20
+    statistics: Literal["running averages", "recalibrated"] = "running averages"
     tag: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] | None = None
     rung: RungName = "ra"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -4,14 +4,16 @@ A checkpoint is one safetensors file, written aside, synced and renamed into pla
 hash of its bytes, so that a damaged one is known for what it is and the one before it is used.
 """
 
+import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,13 @@ TIMED_COLUMNS = ("images_per_second", "train_seconds")
 
 _CHECKPOINT_NAME = re.compile(r"update(\d{9})\.([0-9a-f]{16})\.safetensors")
 _KEEP = 2
+_ASIDE = ".writing"
 
 
 class RunError(RuntimeError):
     """A run that cannot start, go on or be used; the message says what would help."""
+
+    exit_code = 2  # of a command line that it ends
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,26 @@ class Run:
             )
         return run
 
+    @contextlib.contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Hold the folder against other processes that would train in it; a process that dies lets go.
+
+        What a kill left half-written is removed. Where the file system knows no locks, nothing is held.
+
+        Raises:
+            RunError: if another process holds it.
+        """
+        with open(self.folder / "recipe.yaml", "rb+") as file:  # NFS locks only what may be written
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.folder} is being trained by another process; stop it first") from None
+            except OSError:
+                pass
+            for torn in self.folder.rglob("*" + _ASIDE):
+                torn.unlink()
+            yield
+
     @property
     def recipe(self) -> Recipe:
         return load_recipe(self.folder / "recipe.yaml")
@@ -110,12 +135,11 @@ class Run:
     def rows(self) -> list[dict[str, str]]:
         """The log's rows in order, as text; a cell that was not measured is empty."""
         try:
-            with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            text = (self.folder / "log.csv").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        # A row cut short by a kill lacks its last cells.
-        return [row for row in rows if None not in row.values()]
+        # A row cut short, by a kill or a full disk, has no end.
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk before this returns."""
@@ -254,7 +278,7 @@ def _as_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     """Write aside, sync, rename: `path` holds either what it held or all of `content`."""
-    aside = path.with_name(path.name + ".writing")
+    aside = path.with_name(path.name + _ASIDE)
     try:
         with open(aside, "wb") as file:
             file.write(content)

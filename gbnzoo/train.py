@@ -1,7 +1,11 @@
-"""Train one recipe: `accelerate launch -m gbnzoo.train RECIPE`, or `gbnzoo train RECIPE` for one process.
+"""Train one recipe: `gbnzoo train RECIPE --processes N`, or under any launcher `accelerate launch -m gbnzoo.train RECIPE`.
 
 The run is a function of recipe and seed. The layout (processes, accumulation, micro-batches) changes only who computes
-what: an update's global batch, its ghosts, its augmentation and its learning rate are the same on any machine.
+what: an update's global batch, its ghosts, its augmentation and its learning rate are the same on any machine, so the weights
+are too, to the rounding of sums. Dropout and drop path alone have no key for each sample: their masks are fixed by seed,
+update and layout, so that a run with them can be repeated and resumed on its layout, and is another draw on any other.
+
+Only the first process reads and writes the run's folder; the others get from it what they need.
 """
 
 import contextlib
@@ -9,9 +13,9 @@ import importlib.util
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,22 +23,34 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import gbnzoo.models
 from gbnzoo.data import Augment, GlobalBatches, ImageSet, keyed_normal, load_images
+from gbnzoo.launch import (
+    TerminatedError,
+    connect,
+    is_launched,
+    naming_lost_processes,
+    on_first_process,
+    plain_errors,
+    start_processes,
+    watching_for_stop,
+)
 from gbnzoo.metrics import Metrics, evaluate
-from gbnzoo.norm import gathered_running_statistics, shard_running_statistics
+from gbnzoo.norm import gathered_running_statistics, recalibrate, shard_running_statistics, span_processes
 from gbnzoo.recipe import Optimizer, Recipe, load_recipe
 from gbnzoo.regime import choose_layout
 from gbnzoo.run import Checkpoint, Run, RunError
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 EVALUATION_BATCH_SIZE = 256
+POLL_SECONDS = 1.0
+LOST_SECONDS = 300.0
 
 
 class DivergedError(RunError):
@@ -47,9 +63,11 @@ def train(
     data_dir: str | Path | None = None,
     out: str | Path = "runs",
     resume: bool = False,
+    processes: int | None = None,
     micro_batch_size: int | None = None,
     tracker: str | None = None,
     checkpoint_seconds: float = 60,
+    timeout_seconds: float = LOST_SECONDS,
     show_progress: bool = True,
 ) -> Path:
     """Train a recipe to its last update, scoring it on the validation split where the recipe holds one out, else the test.
@@ -59,47 +77,65 @@ def train(
         data_dir: folder with the data set; None asks the environment variable GBNZOO_DATA, then the Hub.
         out: where the run's folder is made.
         resume: go on with a run that was stopped; a finished one is left as it is.
+        processes: how many a launcher must have started; None for as many as it did.
         micro_batch_size: samples of one forward pass on one device; None lets it be chosen.
         tracker: one of TRACKERS, which then gets every row of the log too.
         checkpoint_seconds: time between checkpoints.
+        timeout_seconds: how long a process waits for another before it takes it for lost.
         show_progress: a progress bar, or a line for each evaluation where the output is not a terminal.
 
     Returns:
         The run's folder.
 
     Raises:
-        ValueError: if data, recipe and layout do not fit together.
+        ValueError: if data, recipe, layout and number of processes do not fit together.
         RunError: if the folder cannot be used or a checkpoint not be written.
         DivergedError: if the loss or a weight stops being finite.
+        TerminatedError: on SIGTERM, when a checkpoint has been written.
+        LostProcessError: if another process is gone.
     """
-    trainer = Trainer(
-        recipe, data_dir=data_dir, out=out, resume=resume, micro_batch_size=micro_batch_size, tracker=tracker
-    )
-    regime, last_saved = trainer.regime, time.monotonic()
-    bar = trainer.progress_bar(show_progress)
-    trainer.model.train()
-    for update in range(trainer.first_update, regime.total_updates):
-        trainer.set_rates(update)
-        trainer.add_gradients(update)
-        grad_norm = trainer.clip_gradients(update)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        trainer.count_update()
-        bar.update()
+    with naming_lost_processes(), watching_for_stop() as is_asked_to_stop:
+        trainer = Trainer(
+            recipe,
+            data_dir=data_dir,
+            out=out,
+            processes=processes,
+            micro_batch_size=micro_batch_size,
+            tracker=tracker,
+            checkpoint_seconds=checkpoint_seconds,
+            timeout_seconds=timeout_seconds,
+        )
+        with trainer.opened_run(resume):
+            total_updates = trainer.regime.total_updates
+            bar = trainer.progress_bar(show_progress)
+            trainer.model.train()
+            for update in range(trainer.first_update, total_updates):
+                trainer.set_rates(update)
+                trainer.add_gradients(update)
+                grad_norm = trainer.clip_gradients(update)
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+                trainer.count_update()
+                bar.update()
 
-        done = update + 1
-        is_last = done == regime.total_updates
-        save_is_due = time.monotonic() - last_saved > checkpoint_seconds
-        if is_last or done in trainer.logged_updates or done % trainer.poll_updates == 0:
-            save_is_due = trainer.agree(update, save_is_due)
-            if done in trainer.logged_updates:
-                trainer.log(done, grad_norm, bar)
-            if save_is_due or is_last:
-                trainer.save(done)
-                last_saved = time.monotonic()
-    bar.close()
-    trainer.accelerator.end_training()
-    return trainer.run.folder
+                done = update + 1
+                is_last = done == total_updates
+                if is_last or done in trainer.logged_updates or done >= trainer.next_poll:
+                    save_is_due, must_stop = trainer.agree(done, is_asked_to_stop())
+                    if is_last and recipe.statistics == "recalibrated":
+                        trainer.recalibrate()
+                    if done in trainer.logged_updates:
+                        trainer.log(done, grad_norm, bar)
+                    if save_is_due or must_stop or is_last:
+                        trainer.save(done)
+                    if must_stop and not is_last:
+                        raise TerminatedError(
+                            f"{trainer.folder}: stopped after update {done}; --resume goes on from there"
+                        )
+            bar.close()
+            for tracker_of_run in trainer.accelerator.trackers:
+                tracker_of_run.finish()
+    return trainer.folder
 
 
 class Trainer:
@@ -115,13 +151,21 @@ class Trainer:
         *,
         data_dir: str | Path | None,
         out: str | Path,
-        resume: bool,
+        processes: int | None,
         micro_batch_size: int | None,
         tracker: str | None,
+        checkpoint_seconds: float,
+        timeout_seconds: float,
     ):
-        folder = Path(out) / recipe.run_name
-        self.recipe = recipe
-        self.accelerator = _accelerator(recipe.precision, tracker, folder)
+        self.recipe, self.folder = recipe, Path(out) / recipe.run_name
+        self.checkpoint_seconds = checkpoint_seconds
+        self.accelerator = connect(
+            processes,
+            timeout_seconds,
+            mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+            log_with=_installed(tracker),
+            project_dir=self.folder,
+        )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
 
@@ -144,41 +188,53 @@ class Trainer:
         total, evaluations = regime.total_updates, recipe.evaluations
         self.evaluated_updates = {round(total * (i + 1) / evaluations) for i in range(evaluations)} - {0}
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
-        # To ask at every update whether the loss is finite, or a checkpoint due, makes a GPU or other processes wait.
-        self.poll_updates = 1 if self.device.type == "cpu" and self.world_size == 1 else 20
 
         self.bare_model = build_model(recipe, self.train_set, regime.ghost_batch_size)
         self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
         self.parameters = list(self.bare_model.parameters())
-        optimizer = build_optimizer(recipe.optimizer, self.bare_model)
+        self.optimizer = build_optimizer(recipe.optimizer, self.bare_model)
+        if self.layout.processes_per_ghost > 1:
+            group, _ = torch.distributed.new_subgroups(
+                self.layout.processes_per_ghost, timeout=timedelta(seconds=timeout_seconds)
+            )
+            span_processes(self.bare_model, group)
 
+    @contextlib.contextmanager
+    def opened_run(self, resume: bool) -> Iterator[None]:
+        """Start the run, or go on with it; while this lasts no other process can."""
+        with contextlib.ExitStack() as held:
+            self._begin(on_first_process(lambda: self._open_folder(resume, held)))
+            yield
+
+    def _open_folder(self, resume: bool, held: contextlib.ExitStack) -> Checkpoint | None:
         # Nothing is written before all of the above has been found to fit together.
-        if self.accelerator.is_main_process:
-            Run.start(recipe, out, resume=resume)
-        self.accelerator.wait_for_everyone()
-        self.run = Run(folder)
-        self.model, self.optimizer = self._begin(self.run.latest_checkpoint(), optimizer)
-        self.accelerator.init_trackers("gbnzoo", config={"recipe": recipe.run_name})
+        self.run = Run.start(self.recipe, self.folder.parent, resume=resume)
+        held.enter_context(self.run.sole_writer())
+        checkpoint = self.run.latest_checkpoint()
+        first_update = checkpoint.update if checkpoint else 0
+        if not checkpoint:
+            self.run.save_initial(self.bare_model.state_dict())
+        self.run.rewind_log(first_update)
+        if first_update < self.regime.total_updates:
+            self.run.record_environment(self._environment(first_update))
+        initial = self.run.initial_weights()
+        self.initial = [initial[name].to(self.device) for name, _ in self.bare_model.named_parameters()]
+        return checkpoint
 
-    def _begin(self, checkpoint: Checkpoint | None, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Put model, optimizer and log where the checkpoint has them, or at the start; returns Accelerate's of both."""
+    def _begin(self, checkpoint: Checkpoint | None) -> None:
+        """Put model, optimizer and counts where the checkpoint has them, or at the start."""
         progress = {"loss_sum": 0.0, "row_updates": 0, "row_seconds": 0.0, "train_seconds": 0.0}
         self.first_update = 0
         if checkpoint:
             self.bare_model.load_state_dict(checkpoint.model)
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint.optimizer})
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": checkpoint.optimizer})
             self.first_update, progress = checkpoint.update, checkpoint.progress
-        if self.accelerator.is_main_process:
-            if not checkpoint:
-                self.run.save_initial(self.bare_model.state_dict())
-            self.run.rewind_log(self.first_update)
-            if self.first_update < self.regime.total_updates:
-                self.run.record_environment(self._environment())
-        self.accelerator.wait_for_everyone()
-        initial = self.run.initial_weights()
-        self.initial = [initial[name].to(self.device) for name, _ in self.bare_model.named_parameters()]
-        # BatchNorm's buffers are merged by hand, exactly, where they are read; see gbnzoo.norm.
-        shard_running_statistics(self.bare_model, self.rank, self.world_size)
+        shard_running_statistics(self.bare_model, self.rank // self.layout.processes_per_ghost, self.layout.groups)
+        # They are merged by hand, exactly, where they are read; DistributedDataParallel would send them around at each forward.
+        buffers = [name for name, _ in self.bare_model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.bare_model, buffers)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare_model, self.optimizer)
+        self.accelerator.init_trackers("gbnzoo", config={"recipe": self.recipe.run_name})
 
         self.first_bad_update = torch.tensor(self.regime.total_updates, device=self.device)
         # Kept as this process's part; the first carries on what a checkpoint summed up.
@@ -187,7 +243,9 @@ class Trainer:
         self.row_updates = int(progress["row_updates"])
         self._clock_zero = time.perf_counter() - progress["train_seconds"]
         self.row_began = progress["train_seconds"] - progress["row_seconds"]
-        return self.accelerator.prepare(self.bare_model, optimizer)
+        self.saved_update = self.polled_update = self.first_update
+        self.saved_at = self.polled_at = time.perf_counter()
+        self.next_poll = self.first_update + 1
 
     @property
     def train_seconds(self) -> float:
@@ -236,17 +294,25 @@ class Trainer:
     def count_update(self) -> None:
         self.row_updates += 1
 
-    def agree(self, update: int, save_is_due: bool) -> bool:
-        """Let all processes know whether the first finds a checkpoint due.
+    def agree(self, done: int, is_asked_to_stop: bool) -> tuple[bool, bool]:
+        """Whether to save, which the first process decides, and whether to stop, for which one that is asked to suffices.
+
+        To ask each other makes processes wait, and GPUs: they also agree on when they do so next, in about POLL_SECONDS.
 
         Raises:
             DivergedError: on all of them, if the loss has not been finite on any.
         """
-        status = torch.stack((self.first_bad_update, self.first_bad_update.new_tensor(save_is_due)))
-        bad_updates, due = self.accelerator.gather(status[None]).T.tolist()
+        now = time.perf_counter()
+        seconds_per_update = (now - self.polled_at) / (done - self.polled_update)
+        wait_updates = max(1, int(min(POLL_SECONDS, self.checkpoint_seconds) / seconds_per_update))
+        save_is_due = now - self.saved_at > self.checkpoint_seconds
+        answers = self.first_bad_update.new_tensor((save_is_due, is_asked_to_stop, wait_updates))
+        status = self.accelerator.gather(torch.cat((self.first_bad_update[None], answers))[None])
+        bad_updates, saves, stops, waits = status.T.tolist()
+        self.polled_at, self.polled_update, self.next_poll = now, done, done + waits[0]
         if min(bad_updates) < self.regime.total_updates:
             raise self._diverged("the loss", min(bad_updates))
-        return bool(due[0])
+        return bool(saves[0]), any(stops)
 
     def log(self, done: int, grad_norm: Tensor, bar: tqdm) -> None:
         """Write a row of the log; where an evaluation is due, evaluate."""
@@ -257,7 +323,7 @@ class Trainer:
             "lr": self.regime.lr_at(done - 1),
             "train_loss": self._over_processes(self.loss_sum).item() / self.row_updates,
             "grad_norm": grad_norm.item(),
-            **self._weight_distances(),
+            **on_first_process(self._weight_distances),
             "images_per_second": round(images_per_second, 1),
         }
         if done in self.evaluated_updates:
@@ -276,15 +342,23 @@ class Trainer:
                     flush=True,
                 )
         row["train_seconds"] = round(self.train_seconds, 2)
-        if self.accelerator.is_main_process:
-            self.run.log(row)
+        on_first_process(lambda: self.run.log(row))
         self.accelerator.log({k: v for k, v in row.items() if k != "split"}, step=done)
         self.loss_sum.zero_()
         self.row_updates, self.row_began = 0, self.train_seconds
 
+    def recalibrate(self) -> None:
+        """Put in place of the running averages the statistics of one pass over the training set, in its first order."""
+        updates = range(max(1, len(self.train_set) // self.regime.batch_size))
+        orders = (self.batches.at(update) for update in updates)
+        recalibrate(
+            self.bare_model,
+            (self.augment(indices[p], epochs[p]) for indices, epochs in orders for p in self.positions),
+        )
+
     def evaluate(self) -> Metrics:
         """Score the model as it stands, each sample counted once whatever the number of processes."""
-        with gathered_running_statistics(self.bare_model):
+        with gathered_running_statistics(self.bare_model, self._sum_over_groups):
             shares = self.scored_set.batches(EVALUATION_BATCH_SIZE, self.augment.dtype, self.rank, self.world_size)
             return evaluate(self.bare_model, shares, reduce=self._over_processes)
 
@@ -293,6 +367,7 @@ class Trainer:
 
         Raises:
             DivergedError: if a weight is not finite; a checkpoint of it would be worthless.
+            RunError: on all processes, if the first cannot write it.
         """
         if not all(p.isfinite().all() for p in self.parameters):
             raise self._diverged("a weight", done - 1)
@@ -302,10 +377,19 @@ class Trainer:
             "row_seconds": self.train_seconds - self.row_began,
             "train_seconds": self.train_seconds,
         }
-        with gathered_running_statistics(self.bare_model):
-            if self.accelerator.is_main_process:
-                model, optimizer = self.bare_model.state_dict(), self.optimizer.state_dict()["state"]
-                self.run.save_checkpoint(Checkpoint(done, self.regime.total_updates, model, optimizer, progress))
+        with gathered_running_statistics(self.bare_model, self._sum_over_groups):
+            on_first_process(
+                lambda: self.run.save_checkpoint(
+                    Checkpoint(
+                        done,
+                        self.regime.total_updates,
+                        self.bare_model.state_dict(),
+                        self.optimizer.state_dict()["state"],
+                        progress,
+                    )
+                )
+            )
+        self.saved_update, self.saved_at = done, time.perf_counter()
 
     def progress_bar(self, show: bool) -> tqdm:
         self.show_lines = show and self.accelerator.is_main_process
@@ -321,6 +405,12 @@ class Trainer:
     def _over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value) if self.world_size > 1 else value
 
+    def _sum_over_groups(self, value: Tensor) -> None:
+        # Those that share ghosts hold the same statistics; the first of them speaks for all.
+        if self.rank % self.layout.processes_per_ghost:
+            value.zero_()
+        torch.distributed.all_reduce(value)
+
     @torch.no_grad()
     def _weight_distances(self) -> dict[str, float]:
         squares = torch.stack(
@@ -329,22 +419,22 @@ class Trainer:
         return {"weight_distance": squares.sum().sqrt().item(), "weight_distance_first": squares[0].sqrt().item()}
 
     def _diverged(self, what: str, update: int) -> DivergedError:
-        checkpoint = self.run.latest_checkpoint()
-        kept = f"checkpoint of update {checkpoint.update}" if checkpoint else "no checkpoint yet"
+        kept = f"checkpoint of update {self.saved_update}" if self.saved_update else "no checkpoint yet"
         return DivergedError(
-            f"{self.run.folder}: {what} is not finite after update {update} at learning rate {self.regime.lr_at(update):g};"
+            f"{self.folder}: {what} is not finite after update {update} at learning rate {self.regime.lr_at(update):g};"
             f" last good: {kept}. A lower base.lr, base.warmup_epochs or optimizer.clip_grad_norm is what usually helps"
         )
 
-    def _environment(self) -> dict[str, Any]:
+    def _environment(self, first_update: int) -> dict[str, Any]:
         """What env.json holds of one start of the run."""
         layout, train_set = self.layout, self.train_set
         return {
-            "first_update": self.first_update,
+            "first_update": first_update,
             "total_updates": self.regime.total_updates,
             "processes": layout.processes,
             "accumulation": layout.accumulation,
             "micro_batch_size": layout.micro_batch_size,
+            "processes_per_ghost": layout.processes_per_ghost,
             "threads": torch.get_num_threads(),
             "hardware": _hardware(self.device),
             "commit": _commit(),
@@ -409,19 +499,13 @@ def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimi
     )
 
 
-def _accelerator(precision: str, tracker: str | None, folder: Path) -> Accelerator:
+def _installed(tracker: str | None) -> str | None:
+    """Accelerate passes over a tracker that is missing without a word."""
     if tracker and tracker not in TRACKERS:
         raise ValueError(f"tracker {tracker!r}: wanted one of {', '.join(TRACKERS)}")
     if tracker and not importlib.util.find_spec(tracker):
         raise ValueError(f"tracker {tracker!r} is not installed; pip install {tracker}")
-    # Accelerate keeps the precision of the first run in this process for ever.
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=tracker,
-        project_dir=folder,
-    )
+    return tracker
 
 
 def _log_spaced(total: int) -> set[int]:
@@ -453,17 +537,8 @@ def _commit() -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """For command lines: what a user can mend is one message and exit code 2, not a traceback."""
-    try:
-        yield
-    except (ValueError, RunError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
 def main(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="YAML file, e.g. recipes/mnist/mlp5_gbn.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="single keys, e.g. base.epochs=10")] = None,
     rung: Annotated[str | None, typer.Option(help="sb, lb, lr, gbn or ra; how much of the paper applies")] = None,
@@ -473,23 +548,51 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="start so many here; under a launcher, demand that it started so many")
+    ] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="samples of one forward pass on one device")] = None,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb")] = None,
-    checkpoint_seconds: Annotated[float, typer.Option(help="time between checkpoints")] = 60,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="time between checkpoints")] = 60,
+    timeout_seconds: Annotated[
+        float, typer.Option(min=1, help="how long to wait for another process before the run ends")
+    ] = LOST_SECONDS,
 ) -> None:
-    """Train a recipe. The result depends on recipe and seed alone, not on the machine."""
+    """Train a recipe. The result depends on recipe and seed alone, not on the machine.
+
+    Exit codes: 0 at the last update, 2 after an error that it names, 143 after SIGTERM, with a checkpoint for --resume.
+    """
     with plain_errors():
+        settings = load_recipe(recipe, overrides or (), rung=rung, seed=seed)
+        if processes and processes > 1 and not is_launched():
+            raise typer.Exit(start_processes(processes, "gbnzoo.train", _command_line(context.params)))
         folder = train(
-            load_recipe(recipe, overrides or (), rung=rung, seed=seed),
+            settings,
             data_dir=data_dir,
             out=out,
             resume=resume,
+            processes=processes,
             micro_batch_size=micro_batch_size,
             tracker=tracker,
             checkpoint_seconds=checkpoint_seconds,
+            timeout_seconds=timeout_seconds,
         )
     if PartialState().is_main_process:
         print(folder)
+    PartialState().destroy_process_group()
+
+
+def _command_line(params: dict[str, Any]) -> Iterator[str]:
+    """The arguments that `main` was given."""
+    params = dict(params)
+    yield params.pop("recipe")
+    yield from params.pop("overrides") or ()
+    for name, value in params.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            yield option
+        elif value is not None and value is not False:
+            yield from (option, str(value))
 
 
 if __name__ == "__main__":
