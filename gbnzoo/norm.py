@@ -191,7 +191,7 @@ class _GhostBatchNorm(_BatchNorm):
             keep = torch.full_like(later_ghosts[0], (1 - self.momentum) ** counted)
             weights = self.momentum * (1 - self.momentum) ** later_ghosts
         for running, ghost in ((self.running_mean, mean), (self.running_var, var)):
-            running.copy_(keep * running + (weights.unsqueeze(1) * ghost).sum(0))
+            running.copy_(keep * running.to(ghost.dtype) + (weights.unsqueeze(1) * ghost).sum(0))
         self.num_batches_tracked.add_(counted)
 
     def reset_running_stats(self) -> None:
@@ -267,7 +267,8 @@ def convert_ghost_batchnorm(model: nn.Module, ghost_batch_size: int | None) -> n
     The layers stay the objects they are and only change their class, so parameters, buffers, training mode, device,
     dtype, hooks, requires_grad and weight sharing are untouched. The model gets two forward hooks of its own, because a
     ghost is so many of *its* samples, the dim 0 of its first tensor argument: a layer that meets k times as many rows takes
-    k consecutive rows for one sample. `torch.jit.script` compiles no such hook: revert first.
+    k consecutive rows for one sample. `torch.jit.script` compiles no such hook, and FX traces without: for the one revert
+    first, and train no trace of a model that folds anything into dim 0.
 
     Frozen BatchNorm layers, torchvision's and timm's, take no batch statistics and are left as they are.
 
