@@ -102,21 +102,49 @@ inline void finish_streaming() {
 #endif
 }
 
-// PART: only the first `lanes` values are there; the rest reads as zero and is not written.
+// The same of only the first `lanes` values; the others read as zero and are not written.
+#if defined(__AVX512F__)
+inline Vec load_part(const float* p, int64_t lanes) { return (Vec)_mm512_maskz_loadu_ps((1u << lanes) - 1, p); }
+inline Vec load_part(const bf16* p, int64_t lanes) {
+  const __m256i h = _mm256_maskz_loadu_epi16((1u << lanes) - 1, p);
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, h) << 16);
+}
+inline void store_part(float* p, Vec v, int64_t lanes) { _mm512_mask_storeu_ps(p, (1u << lanes) - 1, (__m512)v); }
+inline void store_part(bf16* p, Vec v, int64_t lanes) {
+  _mm256_mask_storeu_epi16(p, (1u << lanes) - 1, (__m256i)rounded(v));
+}
+#else
+// Copies of constant size: gcc makes a slow string instruction of the others.
+template <class T>
+inline void copy_part(T* to, const T* from, int64_t lanes) {
+  for (int64_t size = kLanes; size > 0; size /= 2) {
+    if (lanes & size) std::memcpy(to, from, size * sizeof(T)), to += size, from += size;
+  }
+}
+
+template <class T>
+inline Vec load_part(const T* p, int64_t lanes) {
+  T buffer[kLanes] = {};
+  copy_part(buffer, p, lanes);
+  return load(buffer);
+}
+
+template <class T>
+inline void store_part(T* p, Vec v, int64_t lanes) {
+  T buffer[kLanes];
+  store<false>(buffer, v);
+  copy_part(p, buffer, lanes);
+}
+#endif
+
 template <bool PART, class T>
 inline Vec load(const T* p, int64_t lanes) {
-  if (!PART) return load(p);
-  T buffer[kLanes] = {};
-  std::memcpy(buffer, p, lanes * sizeof(T));
-  return load(buffer);
+  return PART ? load_part(p, lanes) : load(p);
 }
 
 template <bool PART, bool STREAM, class T>
 inline void store(T* p, Vec v, int64_t lanes) {
-  if (!PART) return store<STREAM>(p, v);
-  T buffer[kLanes];
-  store<false>(buffer, v);
-  std::memcpy(p, buffer, lanes * sizeof(T));
+  PART ? store_part(p, v, lanes) : store<STREAM>(p, v);
 }
 
 template <bool PART>
@@ -178,23 +206,20 @@ struct Planes : Problem {
     return (channels + blocks - 1) / blocks;
   }
 
-  // In pieces of at most kAhead bytes; over one the next is prefetched.
+  // Within a row the slab is contiguous; what is ahead of its end is in the next row.
   template <class T, class Op>
   void each(const Slab& s, bool reverse, const Op& op) const {
-    const int64_t piece = std::min<int64_t>(pixels, kAhead / Op::kStreams / sizeof(T));
-    const int64_t first_row = s.row + (reverse ? s.rows - 1 : 0), first_column = reverse ? s.channels - 1 : 0;
-    const int64_t step = reverse ? -1 : 1;
+    const int64_t span = s.channels * pixels, gap = (channels - s.channels) * pixels;
+    const int64_t distance = std::min<int64_t>(span, kAhead / Op::kStreams / sizeof(T)), piece = std::min(pixels, distance);
     for (int64_t i = 0; i < s.rows; ++i) {
+      const int64_t row = at(s.row + (reverse ? s.rows - 1 - i : i), s.channel);
       for (int64_t j = 0; j < s.channels; ++j) {
-        const int64_t row = first_row + i * step, column = first_column + j * step;
-        const int64_t plane = at(row, s.channel + column);
-        const int64_t next_plane = j + 1 < s.channels ? plane + step * pixels
-                                   : i + 1 < s.rows   ? at(row + step, s.channel + first_column)
-                                                      : plane;
+        const int64_t column = reverse ? s.channels - 1 - j : j;
         for (int64_t begin = 0; begin < pixels; begin += piece) {
-          const bool is_last = begin + piece >= pixels;
-          const int64_t offset = plane + begin, ahead = is_last ? next_plane - offset : piece;
-          along(op, Strip{offset, 0, 0, ahead, column, 0}, std::min(piece, pixels - begin));
+          const int64_t place = column * pixels + begin;
+          const int64_t ahead = reverse ? -distance - (place < distance ? gap : 0)
+                                        : distance + (place + distance >= span ? gap : 0);
+          along(op, Strip{row + place, 0, 0, ahead, column, 0}, std::min(piece, pixels - begin));
         }
       }
     }
@@ -268,10 +293,17 @@ struct Sums {
 
   template <bool SHARED, int V>
   INLINE void add(int64_t column, const Vec* more_a, const Vec* more_b) const {
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = SHARED ? column * kLanes : column + v * kLanes;
-      store<false>(a + i, load(a + i) + more_a[v]);
-      store<false>(b + i, load(b + i) + more_b[v]);
+    if (SHARED) {
+      Vec total_a = load(a + column * kLanes), total_b = load(b + column * kLanes);
+      for (int v = 0; v < V; ++v) total_a += more_a[v], total_b += more_b[v];
+      store<false>(a + column * kLanes, total_a);
+      store<false>(b + column * kLanes, total_b);
+    } else {
+      for (int v = 0; v < V; ++v) {
+        const int64_t i = column + v * kLanes;
+        store<false>(a + i, load(a + i) + more_a[v]);
+        store<false>(b + i, load(b + i) + more_b[v]);
+      }
     }
   }
 };
@@ -478,13 +510,13 @@ void each_block(const Layout& layout, const Slab& s, bool reverse, const F& f) {
 
 // ------------------------------------------------------------------------------------------------------------ drivers
 
-// Rows of constants or sums for all columns of a slab, zero at first.
+// Rows of constants or sums for all columns of a slab, zero at first, aligned, and padded by a vector at least.
 struct Scratch {
   int64_t size;
-  std::vector<float> memory;
+  std::vector<Vec> memory;
 
-  Scratch(int64_t rows, int64_t columns) : size(columns + kLanes), memory(rows * size) {}
-  float* row(int64_t i) { return memory.data() + i * size; }
+  Scratch(int64_t rows, int64_t columns) : size(columns / kLanes + 2), memory(rows * size) {}
+  float* row(int64_t i) { return (float*)(memory.data() + i * size); }
 };
 
 // totals[0 : channels] and totals[channels : 2 · channels] are the sums over a slab of the summing operation make(sums).
@@ -507,7 +539,7 @@ void sum(const Layout& layout, const Slab& slab, double* __restrict totals, cons
           for (int64_t c = 0; c < channels; ++c) total[c] += sums[k * channels + c];
       }
     }
-    std::fill(scratch.memory.begin(), scratch.memory.end(), 0.f);
+    std::fill(scratch.memory.begin(), scratch.memory.end(), Vec{});
   });
 }
 
@@ -521,6 +553,14 @@ void add_parts(std::vector<double>& totals, int64_t parts) {
 // Fill the constants of all columns from those of the first `channels`.
 void repeat(float* values, int64_t channels, int64_t repeats) {
   for (int64_t k = 1; k < repeats; ++k) std::copy_n(values, channels, values + k * channels);
+}
+
+// scale = invstd · weight and bias, of a slab's channels.
+void fill_affine(const Slab& s, const float* __restrict invstd, const float* weight, const float* bias,
+                 float* __restrict scales, float* __restrict biases) {
+  if (weight) for (int64_t c = 0; c < s.channels; ++c) scales[c] = invstd[c] * weight[s.channel + c];
+  else std::copy_n(invstd, s.channels, scales);
+  if (bias) std::copy_n(bias + s.channel, s.channels, biases);
 }
 
 template <class T>
@@ -551,10 +591,7 @@ struct Forward {
         add_parts(totals, parts);
         is_off = finish(s.channels, s.rows * layout.values_per_row(), totals.data(), means, first);
       }
-      for (int64_t c = 0; c < s.channels; ++c) {
-        scales[c] = invstd[first + c] * (weight ? weight[s.channel + c] : 1.f);
-        biases[c] = bias ? bias[s.channel + c] : 0.f;
-      }
+      fill_affine(s, invstd + first, weight, bias, scales, biases);
       for (int i = 0; i < 3; ++i) repeat(scratch.row(i), s.channels, repeats);
 
       each_part(s, parts, [&](const Slab& part, int64_t) {
@@ -573,20 +610,21 @@ struct Forward {
       const T* row = x + layout.at(s.row + r * (s.rows / rows), s.channel);
       if (Layout::kSharedColumn) {
         for (int64_t c = 0; c < s.channels; ++c) {
-          const Vec v = load<true>(row + c * layout.pixels, values);
+          const Vec v = load_part(row + c * layout.pixels, values);
           for (int l = 0; l < kLanes; ++l) guess[c] += v[l];
         }
       } else {
         for (int64_t c = 0; c < s.channels; c += kLanes)
-          store<false>(guess + c, load(guess + c) + load<true>(row + c, std::min<int64_t>(kLanes, s.channels - c)));
+          store<false>(guess + c, load(guess + c) + load_part(row + c, std::min<int64_t>(kLanes, s.channels - c)));
       }
     }
     for (int64_t c = 0; c < s.channels; ++c) guess[c] /= rows * values;
   }
 
   // The statistics, from `at` on, out of the sums; `means` turns from guesses into means. Returns how many guesses were off.
-  int64_t finish(int64_t channels, int64_t count, const double* totals, float* __restrict means, int64_t at) const {
-    const double* squares = totals + channels;
+  int64_t finish(int64_t channels, int64_t count, const double* __restrict totals, float* __restrict means,
+                 int64_t at) const {
+    const double* __restrict squares = totals + channels;
     float *__restrict m = mean + at, *__restrict v = variance + at, *__restrict i = invstd + at;
     const double per_value = 1.0 / count;
     const float unbias = (float)count / (count - 1);
@@ -622,11 +660,8 @@ struct Backward {
       float *slopes = scratch.row(3), *offsets = scratch.row(4);
       std::vector<double> totals(parts * 2 * s.channels);
 
-      for (int64_t c = 0; c < s.channels; ++c) {
-        means[c] = mean[first + c];
-        scales[c] = invstd[first + c] * (weight ? weight[s.channel + c] : 1.f);
-        biases[c] = bias ? bias[s.channel + c] : 0.f;
-      }
+      std::copy_n(mean + first, s.channels, means);
+      fill_affine(s, invstd + first, weight, bias, scales, biases);
       for (int i = 0; i < 3; ++i) repeat(scratch.row(i), s.channels, repeats);
       each_part(s, parts, [&](const Slab& part, int64_t i) {
         sum<T>(layout, part, &totals[i * 2 * s.channels], [&](Sums sums) {
@@ -636,14 +671,8 @@ struct Backward {
       });
       add_parts(totals, parts);
 
-      const double per_value = 1.0 / (s.rows * layout.values_per_row());
-      for (int64_t c = 0; c < s.channels; ++c) {
-        const double is = invstd[first + c], d = totals[c], d_normalized = totals[s.channels + c] * is;
-        dbiases[first + c] = (float)d;
-        dweights[first + c] = (float)d_normalized;
-        offsets[c] = (float)(scales[c] * d * per_value);
-        slopes[c] = (float)(scales[c] * is * d_normalized * per_value);
-      }
+      finish(s.channels, s.rows * layout.values_per_row(), totals.data(), invstd + first, scales, &dweights[first],
+             &dbiases[first], slopes, offsets);
       for (int i = 3; i < 5; ++i) repeat(scratch.row(i), s.channels, repeats);
       each_part(s, parts, [&](const Slab& part, int64_t) {
         const GradientApply<T, kShared, ADD, RELU, STREAM> op{x, incoming, dx, means, scales, biases, slopes, offsets};
@@ -653,6 +682,19 @@ struct Backward {
     });
     sum_ghosts(dweights, layout, dweight);
     sum_ghosts(dbiases, layout, dbias);
+  }
+
+  static void finish(int64_t channels, int64_t count, const double* __restrict totals, const float* __restrict invstd,
+                     const float* __restrict scales, float* __restrict dweights, float* __restrict dbiases,
+                     float* __restrict slopes, float* __restrict offsets) {
+    const double per_value = 1.0 / count;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double is = invstd[c], d = totals[c], d_normalized = totals[channels + c] * is;
+      dbiases[c] = (float)d;
+      dweights[c] = (float)d_normalized;
+      offsets[c] = (float)(scales[c] * d * per_value);
+      slopes[c] = (float)(scales[c] * is * d_normalized * per_value);
+    }
   }
 
   static void sum_ghosts(const std::vector<float>& values, const Problem& p, float* sums) {
