@@ -1,0 +1,69 @@
+"""Processes for tests: forked from a server that has imported gbnzoo once, so that each starts in no time."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["gbnzoo.train", "sklearn.datasets"])
+
+
+class Together:
+    """`function(*arguments)` in so many processes that torch.distributed can join; killed, if need be, at the end."""
+
+    def __init__(self, processes: int, function: Callable, *arguments: Any):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes, self._answers = [], []
+        for rank in range(processes):
+            answer, end = _SERVER.Pipe(duplex=False)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            place = {} if processes == 1 else place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = _SERVER.Process(target=_work, args=(end, place, function, arguments))
+            process.start()
+            end.close()
+            self.processes.append(process)
+            self._answers.append(answer)
+
+    def __enter__(self) -> "Together":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def results(self, ranks: Sequence[int] | None = None, timeout: float = 120) -> list[Any]:
+        """What the function returned on each process; what it raised is raised, as text, with its type's name first."""
+        results = []
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            if not wait([self._answers[rank]], timeout):
+                raise TimeoutError(f"process {rank} gave no answer in {timeout} s")
+            result, error = pickle.loads(self._answers[rank].recv_bytes())
+            if error:
+                raise AssertionError(error)
+            results.append(result)
+        return results
+
+
+def run_together(processes: int, function: Callable, *arguments: Any, timeout: float = 120) -> list[Any]:
+    with Together(processes, function, *arguments) as together:
+        return together.results(timeout=timeout)
+
+
+def _work(answer: Connection, place: dict[str, Any], function: Callable, arguments: tuple) -> None:
+    os.environ |= {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    try:
+        answered = function(*arguments), None
+    except BaseException as error:
+        answered = None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    answer.send_bytes(pickle.dumps(answered))  # by value: a process that ends takes its shared tensors along
