@@ -160,8 +160,9 @@ def naming_lost_processes() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         who = f"process {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "this process"
+        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)  # gloo's: [file:line] reason. Advice.
         raise LostProcessError(
-            f"{who} has lost another, which died, hangs or is out of reach ({str(error).splitlines()[0]});"
+            f"{who} has lost another, which died, hangs or is out of reach ({reason});"
             " --resume goes on from the last checkpoint, on any number of processes"
         ) from error
 

@@ -1,0 +1,275 @@
+"""Stopped in any way at any moment, and gone on with on any number of processes, a run ends as if never stopped."""
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import Together, run_together
+from test_distributed import DIGITS, assert_same_log, relative_distance
+
+from gbnzoo import run as run_module
+from gbnzoo.recipe import load_recipe
+from gbnzoo.run import Run
+from gbnzoo.train import train
+
+# Thirty updates of 64 digits; with everything that a checkpoint must know of.
+RECIPE = [
+    "precision=fp64",
+    "base.epochs=1.5",
+    "base.milestones=[1]",
+    "evaluations=3",
+    "data.augment=pad1_crop",
+    "large.batch_size=64",
+]
+
+
+def train_digits(out, checkpoint_seconds=0.0, timeout_seconds=60.0, overrides=()):
+    """Start the run or go on with it, a checkpoint whenever the processes agree on one."""
+    recipe = load_recipe(DIGITS, [*RECIPE, *overrides], rung="gbn")
+    return train(
+        recipe,
+        out=out,
+        resume=True,
+        checkpoint_seconds=checkpoint_seconds,
+        timeout_seconds=timeout_seconds,
+        show_progress=False,
+    )
+
+
+def train_with_slow_writes(out):
+    """As if the disk took 20 ms for each sync, so that a kill may well meet one."""
+    sync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(0.02), sync(descriptor))
+    return train_digits(out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    [folder] = run_together(1, train_digits, tmp_path_factory.mktemp("whole"), 60)
+    return Run(folder)
+
+
+def assert_same_end(run, whole):
+    assert relative_distance(run, whole) < 1e-9
+    assert_same_log(run, whole, rel=1e-9)
+    assert [path.name for path in run.folder.rglob("*.writing")] == []
+
+
+def wait_until(is_so, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def has_rows(out, n):
+    """Whether a run under `out` has logged so much."""
+    return lambda: any(log.read_bytes().count(b"\n") > n for log in out.glob("*/log.csv"))
+
+
+def is_writing_checkpoint(out):
+    return lambda: any(out.glob("*/checkpoints/update*.writing"))
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(tmp_path, whole):
+    with Together(2, train_digits, tmp_path, 60) as together:
+        wait_until(has_rows(tmp_path, 3))
+        os.kill(together.processes[1].pid, signal.SIGTERM)
+        for rank in range(2):
+            with pytest.raises(AssertionError, match=r"TerminatedError: .*stopped after update \d+; --resume"):
+                together.results([rank])
+    run = Run(tmp_path / whole.folder.name)
+    assert 4 <= run.latest_checkpoint().update < 30  # the only one; the next would have been due in 60 s
+    run_together(4, train_digits, tmp_path)
+    assert [start["processes"] for start in run.environments()] == [2, 4]
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("sign", "seconds"), [(signal.SIGKILL, 10), (signal.SIGSTOP, 3 + 10)], ids=["a process dies", "a process hangs"]
+)
+def test_a_lost_process_ends_the_others_in_time_and_the_run_goes_on_without_it(tmp_path, whole, sign, seconds):
+    """Of 2 processes; the one left waits 3 seconds for the other, and 10 are for a slow machine."""
+    with Together(2, train_digits, tmp_path, 0, 3) as together:
+        wait_until(has_rows(tmp_path, 4))
+        os.kill(together.processes[1].pid, sign)
+        with pytest.raises(
+            AssertionError, match=r"LostProcessError: process 0 of 2 has lost another, which died, hangs"
+        ):
+            together.results([0], timeout=seconds)
+    run = Run(tmp_path / whole.folder.name)
+    rows = run.rows()
+    assert len(rows) >= 4
+    run_together(1, train_digits, tmp_path)
+    assert run.rows()[: len(rows) - 1] == rows[:-1]  # all that was logged is kept, but what had no checkpoint yet
+    assert_same_end(run, whole)
+
+
+def test_kill_9_anywhere_and_again_changes_nothing(tmp_path, whole):
+    moments = random.Random(0)
+    for processes, is_hit in (
+        (1, has_rows(tmp_path, 2)),
+        (2, is_writing_checkpoint(tmp_path)),
+        (1, has_rows(tmp_path, 6)),
+    ):
+        with Together(processes, train_with_slow_writes, tmp_path) as together:
+            wait_until(is_hit)
+            time.sleep(moments.uniform(0, 0.02))
+            assert all(process.is_alive() for process in together.processes)
+        # Leaving the context has killed them.
+    run_together(2, train_digits, tmp_path)
+    run = Run(tmp_path / whole.folder.name)
+    assert [start["processes"] for start in run.environments()] == [1, 2, 1, 2]
+    assert_same_end(run, whole)
+
+
+def test_two_at_once_cannot_train_in_one_folder(tmp_path):
+    with Together(1, train_digits, tmp_path) as first:
+        wait_until(has_rows(tmp_path, 1))
+        with pytest.raises(AssertionError, match=r"RunError: .* is being trained by another process; stop it first"):
+            run_together(1, train_digits, tmp_path)
+        assert first.processes[0].is_alive()
+
+
+def train_on_a_disk_that_fills_up(out):
+    write = run_module._write
+
+    def fill_up(path, content):
+        if path.name.startswith("update"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    run_module._write = fill_up
+    return train_digits(out)
+
+
+def test_a_full_disk_is_told_by_all_processes(tmp_path):
+    with Together(2, train_on_a_disk_that_fills_up, tmp_path) as together:
+        for rank in range(2):
+            with pytest.raises(AssertionError, match=r"RunError: cannot write .* No space left on device; last good"):
+                together.results([rank])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 512 KiB, which holds one checkpoint of the digits' network."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs the right to mount a file system: {error}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True, timeout=30)
+
+
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(small_disk, whole):
+    with pytest.raises(
+        AssertionError, match=r"RunError: cannot write .* No space left on device; last good checkpoint: update"
+    ):
+        run_together(1, train_digits, small_disk)
+    run = Run(small_disk / whole.folder.name)
+    assert run.latest_checkpoint().update >= 1
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True, timeout=30)
+    run_together(1, train_digits, small_disk)
+    assert_same_end(run, whole)
+
+
+# The command itself.
+
+
+def command(out, processes, *options):
+    arguments = [DIGITS, *RECIPE, "--rung", "gbn", "--out", out, "--processes", processes, *options]
+    return [sys.executable, "-m", "gbnzoo.train", *map(str, arguments)]
+
+
+def start(arguments):
+    """A command of its own process group, so that all it starts can be ended."""
+    # torch adds its own lines to stderr.
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def end(process):
+    for pid in [process.pid, *children(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def test_the_command_starts_the_processes_it_was_asked_for_and_ends_with_143_on_sigterm(tmp_path, whole):
+    process = start(command(tmp_path, 2))
+    try:
+        wait_until(lambda: process.poll() is not None or has_rows(tmp_path, 1)())
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 143, errors
+    run = Run(tmp_path / whole.folder.name)
+    assert errors.count(f"error: {run.folder}: stopped after update {run.latest_checkpoint().update}; --resume") == 1
+    assert run.environments()[0]["processes"] == 2
+    run_together(1, train_digits, tmp_path)
+    assert_same_end(run, whole)
+
+
+@pytest.mark.slow
+def test_workers_save_and_end_when_their_launcher_is_killed(tmp_path, whole):
+    process = start(command(tmp_path, 2))
+    try:
+        wait_until(has_rows(tmp_path, 1))
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.kill()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), timeout=30)
+    finally:
+        end(process)
+    assert Run(tmp_path / whole.folder.name).latest_checkpoint().update < 30
+    run_together(1, train_digits, tmp_path)
+    assert_same_end(Run(tmp_path / whole.folder.name), whole)
+
+
+@pytest.mark.slow
+def test_24_real_runs_killed_at_random_moments_end_as_one(tmp_path, whole):
+    """`gbnzoo train --processes 1, 2 or 4`, all of it killed: at any moment, starting up included, or while it writes."""
+    moments, writes, longer = random.Random(1), 0, ["base.epochs=12", "base.milestones=[6]"]  # 240 updates
+    folder = tmp_path / whole.folder.name
+
+    def starts():
+        return len(Run(folder).environments()) if (folder / "env.json").exists() else 0
+
+    for _ in range(24):
+        before = starts()
+        process = start([*command(tmp_path, moments.choice([1, 2, 4]), "--checkpoint-seconds", 0, "--resume"), *longer])
+        if moments.random() < 0.25:
+            time.sleep(moments.uniform(0, 15))
+        else:
+            wait_until(lambda before=before: starts() > before)
+            time.sleep(moments.uniform(0, 1))
+            if moments.random() < 0.7:
+                wait_until(is_writing_checkpoint(tmp_path))
+        assert process.poll() is None, process.communicate()
+        end(process)
+        writes += is_writing_checkpoint(tmp_path)()
+    subprocess.run([*command(tmp_path, 2, "--resume"), *longer], check=True, timeout=300)
+    [uninterrupted] = run_together(1, train_digits, tmp_path / "whole", 60, 60, longer)
+    run = Run(folder)
+    print(f"{writes} of 24 kills during a write; starts from updates", *(s["first_update"] for s in run.environments()))
+    assert writes >= 3
+    assert_same_end(run, Run(uninterrupted))
