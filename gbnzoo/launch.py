@@ -107,9 +107,9 @@ def connect(processes: int | None, timeout_seconds: float, **options: Any) -> Ac
     started, wanted = accelerator.num_processes, processes or int(os.environ.get("WORLD_SIZE", 1))
     if started != wanted or (is_alone and processes is None):
         raise ValueError(
-            f"{'several' if is_alone else wanted} processes were asked for, but there is {started}: accelerate launch --cpu"
-            " starts a single one. `gbnzoo train … --processes N` starts N on this machine, and so does `accelerate launch"
-            " --multi_gpu --num_processes N -m gbnzoo.train …`, on CPUs too; --processes 1 is one"
+            f"{'several' if is_alone else wanted} processes were asked for, {started} started:"
+            " accelerate launch --cpu starts a single one. `gbnzoo train … --processes N` starts N on this machine, as does"
+            " `accelerate launch --multi_gpu --num_processes N -m gbnzoo.train …`, on CPUs too; --processes 1 asks for one"
         )
     return accelerator
 

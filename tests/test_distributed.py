@@ -1,5 +1,7 @@
 """A run is the same on any layout: processes, accumulation, micro-batches, ghosts over processes."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -260,3 +262,37 @@ def test_gradients_are_reduced_once_per_update_and_nothing_else_is_sent(tmp_path
     for there_are, reduced, others in run_together(2, sent_in_one_update, tmp_path):
         assert reduced == there_are
         assert others == []
+
+
+def train_on(processes, out, environment):
+    os.environ.update(environment)
+    train(load_recipe(DIGITS, SHORT), processes=processes, out=out, show_progress=False)
+
+
+# What `accelerate launch --cpu --num_processes 2` leaves in the environment of the one process it starts.
+ACCELERATE_CPU = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("started", "asked", "environment", "message"),
+    [
+        (1, 2, {}, "2 processes were asked for, 1 started"),
+        (2, 4, {}, "4 processes were asked for, 2 started"),
+        (
+            1,
+            None,
+            ACCELERATE_CPU,
+            "several processes were asked for, 1 started: accelerate launch --cpu starts a single",
+        ),
+    ],
+)
+def test_another_number_of_processes_than_asked_for_is_refused_before_anything_is_written(
+    tmp_path, started, asked, environment, message
+):
+    with pytest.raises(AssertionError, match=f"ValueError: {message}"):
+        run_together(started, train_on, asked, tmp_path, environment)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_may_be_asked_for_under_accelerate(tmp_path):
+    run_together(1, train_on, 1, tmp_path, ACCELERATE_CPU)

@@ -109,11 +109,27 @@ def test_the_log_is_rewound_to_a_checkpoint(run):
     assert run.rows()[-1] == {column: str(value) for column, value in row(6, split="test").items()}
 
 
-def test_a_row_cut_short_is_no_row(run):
+@pytest.mark.parametrize("cut", [-1, -3, -30], ids=["its line end", "part of its last cell", "some cells"])
+def test_a_row_cut_short_is_no_row(run, cut):
     run.log(row(1))
-    with open(run.folder / "log.csv", "a") as file:
-        file.write("2,0.5,0.")
+    run.log(row(2))
+    path = run.folder / "log.csv"
+    path.write_bytes(path.read_bytes()[:cut])
     assert [r["update"] for r in run.rows()] == ["1"]
+
+
+def test_one_process_at_a_time_writes_to_a_folder(run):
+    with run.sole_writer(), pytest.raises(RunError, match="is being trained by another process"), run.sole_writer():
+        pass
+    with run.sole_writer():
+        pass
+
+
+def test_what_a_kill_left_half_written_is_removed_by_the_next_writer(run):
+    left = run.folder / "checkpoints" / "update000000002.0123456789abcdef.safetensors.writing"
+    left.write_bytes(b"half")
+    with run.sole_writer():
+        assert not left.exists()
 
 
 def test_an_unfinished_run_says_how_far_it_is(run):
@@ -138,5 +154,5 @@ def test_a_run_is_never_overwritten(run, recipe, tmp_path):
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match="is not a run: it holds no recipe.yaml"):
+    with pytest.raises(RunError, match=r"is not a run: it holds no recipe\.yaml"):
         Run(tmp_path)
