@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+os.environ["JOBLIB_MULTIPROCESSING"] = (
+    "0"  # scikit-learn's joblib leaves semaphores behind in processes that are killed
+)
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["gbnzoo.train", "sklearn.datasets"])
 

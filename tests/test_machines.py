@@ -14,6 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from ruamel.yaml import YAML
 
 from gbnzoo.recipe import load_recipe
+from gbnzoo.run import Run
 from gbnzoo.train import main
 
 MACHINES = Path("recipes/machines")
@@ -122,3 +123,45 @@ def test_skypilot(run_up_to_accelerate):
     }
     addresses = {"SKYPILOT_NODE_IPS": "node-a\nnode-b"}
     assert_second_of_two_nodes(run_up_to_accelerate(task["run"], **task["envs"], **skypilot, **addresses))
+
+
+SHORT = [
+    "recipes/digits/resnet8_thin_gbn.yaml",
+    "--rung",
+    "gbn",
+    "base.epochs=1",
+    "base.milestones=[]",
+    "large.batch_size=64",
+]
+
+
+def launched(*launcher, out, more=()):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "gbnzoo.train", *SHORT]
+    return subprocess.run([*command, *more, "--out", out], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_accelerate_really_starts_one_process_on_a_cpu_and_two(tmp_path):
+    one = launched("--config_file", MACHINES / "one_cpu.yaml", out=tmp_path / "one", more=["--processes", "1"])
+    assert one.returncode == 0, one.stderr
+    two = launched("--multi_gpu", "--num_processes", "2", out=tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    for name, processes in (("one", 1), ("two", 2)):
+        run = Run(next((tmp_path / name).iterdir()))
+        assert [start["processes"] for start in run.environments()] == [processes]
+        run.finished()
+
+
+@pytest.mark.slow
+def test_accelerate_on_cpu_cannot_start_one_process_for_two_unnoticed(tmp_path):
+    multi_cpu = tmp_path / "multi_cpu.yaml"
+    one_cpu = (MACHINES / "one_cpu.yaml").read_text()
+    multi_cpu.write_text(one_cpu.replace("'NO'", "MULTI_CPU").replace("num_processes: 1", "num_processes: 2"))
+    for launcher in (["--cpu", "--num_processes", "2"], ["--config_file", multi_cpu]):
+        wrong = launched(*launcher, out=tmp_path / "out")
+        assert wrong.returncode == 1  # accelerate's; gbnzoo's was 2
+        assert (
+            "error: several processes were asked for, 1 started: accelerate launch --cpu starts a single one"
+            in wrong.stderr
+        )
+        assert not (tmp_path / "out").exists()
