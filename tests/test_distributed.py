@@ -15,7 +15,8 @@ from gbnzoo.norm import convert_ghost_batchnorm, span_processes
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import TIMED_COLUMNS, Run
 from gbnzoo.spanning import spanning_batch_norm
-from gbnzoo.train import Trainer, build_model, load_sets, train
+from gbnzoo.train import train
+from gbnzoo.trainer import Trainer, build_model, load_sets
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
 # Five updates of 64 digits in ghosts of 16, on four processes one each; with everything that has a random stream.
@@ -151,7 +152,7 @@ def test_recalibrated_statistics_are_the_mean_over_the_ghosts_of_an_epoch_on_any
 @pytest.mark.parametrize("name", ["mlp5_gbn", "mobilenetv3_small_050_gbn"])
 def test_other_architectures_too(tmp_path, name):
     """BatchNorm1d, and timm's BatchNormAct2d with depthwise convolutions and squeeze-and-excitation."""
-    overrides = [*SHORT, f"model={{name: {name}}}", "data.image_size=32", "base.lr=0.01"]
+    overrides = [*SHORT, f"model={{name: {name}}}", "data.image_size=32", "base.lr=0.01", "base.epochs=0.15"]
     runs = train_on_all_layouts(tmp_path, overrides, layouts=[(2, 16), (2, 8)])
     assert relative_distance(runs[2, 16], runs[1, 64]) < 1e-9
     assert relative_distance(runs[2, 8], runs[1, 64]) < 1e-9

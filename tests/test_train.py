@@ -11,7 +11,8 @@ import torch
 
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import TIMED_COLUMNS, Run, RunError
-from gbnzoo.train import DivergedError, build_model, build_optimizer, load_sets, train
+from gbnzoo.train import train
+from gbnzoo.trainer import DivergedError, build_model, build_optimizer, load_sets
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
 SHORT = ["base.epochs=2", "base.milestones=[1]", "evaluations=2", "large.batch_size=64"]

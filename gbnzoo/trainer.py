@@ -1,0 +1,435 @@
+"""One process's share of a run: what `gbnzoo.train` does at each update, and what it needs for that.
+
+Only the first process reads and writes the run's folder; the others get from it what they need.
+"""
+
+import contextlib
+import importlib.util
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import gbnzoo.models
+from gbnzoo.data import Augment, GlobalBatches, ImageSet, keyed_normal, load_images
+from gbnzoo.launch import connect, on_first_process
+from gbnzoo.metrics import Metrics, evaluate
+from gbnzoo.norm import gathered_running_statistics, recalibrate, shard_running_statistics, span_processes
+from gbnzoo.recipe import Optimizer, Recipe
+from gbnzoo.regime import choose_layout
+from gbnzoo.run import Checkpoint, Run, RunError
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+EVALUATION_BATCH_SIZE = 256
+POLL_SECONDS = 1.0
+
+
+class DivergedError(RunError):
+    """The loss or a weight is no longer a finite number."""
+
+
+class Trainer:
+    """The parts of a run on one process, and what is done with them at each update; raises what `gbnzoo.train.train` does."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        data_dir: str | Path | None,
+        out: str | Path,
+        processes: int | None,
+        micro_batch_size: int | None,
+        tracker: str | None,
+        checkpoint_seconds: float,
+        timeout_seconds: float,
+    ):
+        self.recipe, self.folder = recipe, Path(out) / recipe.run_name
+        self.checkpoint_seconds = checkpoint_seconds
+        self.accelerator = connect(
+            processes,
+            timeout_seconds,
+            mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+            log_with=_installed(tracker),
+            project_dir=self.folder,
+        )
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+
+        dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.train_set, self.scored_set = (images.to(self.device) for images in load_sets(recipe, data_dir))
+        self.regime = regime = recipe.regime(len(self.train_set))
+        self.batches = GlobalBatches(len(self.train_set), regime.batch_size, recipe.seed)
+        self.augment = Augment(self.train_set, recipe.data.augment, recipe.seed, dtype)
+        self.layout = choose_layout(
+            regime.batch_size,
+            regime.ghost_batch_size,
+            processes=self.world_size,
+            micro_batch_size=micro_batch_size,
+            max_micro_batch_size=512 if self.device.type == "cpu" else 4096,
+        )
+        self.positions = [
+            torch.tensor([position for ghost in ghosts for position in ghost])
+            for ghosts in self.layout.micro_batches(self.rank)
+        ]
+        total, evaluations = regime.total_updates, recipe.evaluations
+        self.evaluated_updates = {round(total * (i + 1) / evaluations) for i in range(evaluations)} - {0}
+        self.logged_updates = self.evaluated_updates | _log_spaced(total)
+
+        self.bare_model = build_model(recipe, self.train_set, regime.ghost_batch_size)
+        self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
+        self.parameters = list(self.bare_model.parameters())
+        self.optimizer = build_optimizer(recipe.optimizer, self.bare_model)
+        if self.layout.processes_per_ghost > 1:
+            group, _ = torch.distributed.new_subgroups(
+                self.layout.processes_per_ghost, timeout=timedelta(seconds=timeout_seconds)
+            )
+            span_processes(self.bare_model, group)
+
+    @contextlib.contextmanager
+    def opened_run(self, resume: bool) -> Iterator[None]:
+        """Start the run, or go on with it; while this lasts no other process can."""
+        with contextlib.ExitStack() as held:
+            self._begin(on_first_process(lambda: self._open_folder(resume, held)))
+            yield
+
+    def _open_folder(self, resume: bool, held: contextlib.ExitStack) -> Checkpoint | None:
+        """What is on the disk, as of the last checkpoint; nothing is written before everything was found to fit together."""
+        self.run = Run.start(self.recipe, self.folder.parent, resume=resume)
+        held.enter_context(self.run.sole_writer())
+        checkpoint = self.run.latest_checkpoint()
+        first_update = checkpoint.update if checkpoint else 0
+        if not checkpoint:
+            self.run.save_initial(self.bare_model.state_dict())
+        self.run.rewind_log(first_update)
+        if first_update < self.regime.total_updates:
+            self.run.record_environment(self._environment(first_update))
+        initial = self.run.initial_weights()
+        self.initial = [initial[name].to(self.device) for name, _ in self.bare_model.named_parameters()]
+        return checkpoint
+
+    def _begin(self, checkpoint: Checkpoint | None) -> None:
+        """Put model, optimizer and counts where the checkpoint has them, or at the start."""
+        progress = {"loss_sum": 0.0, "row_updates": 0, "row_seconds": 0.0, "train_seconds": 0.0}
+        self.first_update = 0
+        if checkpoint:
+            self.bare_model.load_state_dict(checkpoint.model)
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": checkpoint.optimizer})
+            self.first_update, progress = checkpoint.update, checkpoint.progress
+        shard_running_statistics(self.bare_model, self.rank // self.layout.processes_per_ghost, self.layout.groups)
+        # They are merged by hand, exactly, where they are read; DistributedDataParallel would send them around at each forward.
+        buffers = [name for name, _ in self.bare_model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.bare_model, buffers)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare_model, self.optimizer)
+        self.accelerator.init_trackers("gbnzoo", config={"recipe": self.recipe.run_name})
+
+        self.first_bad_update = torch.tensor(self.regime.total_updates, device=self.device)
+        # Kept as this process's part; the first carries on what a checkpoint summed up.
+        loss_sum = progress["loss_sum"] if self.rank == 0 else 0.0
+        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=self.device)
+        self.row_updates = int(progress["row_updates"])
+        self._clock_zero = time.perf_counter() - progress["train_seconds"]
+        self.row_began = progress["train_seconds"] - progress["row_seconds"]
+        self.saved_update = self.polled_update = self.first_update
+        self.saved_at = self.polled_at = time.perf_counter()
+        self.next_poll = self.first_update + 1
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds since the run's start, stretches before a resume included."""
+        return time.perf_counter() - self._clock_zero
+
+    def set_rates(self, update: int) -> None:
+        # Accelerate steps a prepared scheduler once per process, so the rate is set here.
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.regime.lr_at(update)
+            if update >= self.regime.weight_decay_updates:
+                group["weight_decay"] = 0.0
+
+    def add_gradients(self, update: int) -> None:
+        """Leave the gradient of the global batch's mean loss on the parameters of every process."""
+        indices, epochs = self.batches.at(update)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for step, positions in enumerate(self.positions):
+            index, epoch = indices[positions], epochs[positions]
+            # Dropout has no key per sample: it is fixed by seed and update, and by where the layout cuts the batch.
+            torch.manual_seed(hash((self.recipe.seed, update, int(positions[0]))))
+            is_last = step == len(self.positions) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                logits = self.model(self.augment(index, epoch))
+                labels = self.train_set.labels[index.to(self.device)]
+                losses = nn.functional.cross_entropy(
+                    logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="none"
+                )
+                loss += losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
+                if self.regime.gradient_noise_sigma:
+                    noise = keyed_normal(self.recipe.seed, "gradient_noise", epoch, index).to(losses)
+                    losses = losses * (1 + self.regime.gradient_noise_sigma * noise)
+                # Data parallelism averages over processes; times their number, that is the mean over the global batch.
+                self.accelerator.backward(losses.sum() * (self.world_size / self.regime.batch_size))
+        self.loss_sum += loss
+        self.first_bad_update.clamp_(max=torch.where(loss.isfinite(), self.regime.total_updates, update))
+
+    def clip_gradients(self, update: int) -> Tensor | None:
+        """Clip, and return the gradient's norm before clipping where it was needed."""
+        if self.regime.clip_grad_norm:
+            return nn.utils.clip_grad_norm_(self.parameters, self.regime.clip_grad_norm)
+        if update + 1 in self.logged_updates:
+            return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return None
+
+    def count_update(self) -> None:
+        self.row_updates += 1
+
+    def agree(self, done: int, is_asked_to_stop: bool) -> tuple[bool, bool]:
+        """Whether to save, which the first process decides, and whether to stop, for which one that is asked to suffices.
+
+        To ask each other makes processes wait, and GPUs: they also agree on when they do so next, in about POLL_SECONDS.
+
+        Raises:
+            DivergedError: on all of them, if the loss has not been finite on any.
+        """
+        now = time.perf_counter()
+        seconds_per_update = (now - self.polled_at) / (done - self.polled_update)
+        wait_updates = max(1, int(min(POLL_SECONDS, self.checkpoint_seconds) / seconds_per_update))
+        save_is_due = now - self.saved_at > self.checkpoint_seconds
+        answers = self.first_bad_update.new_tensor((save_is_due, is_asked_to_stop, wait_updates))
+        status = self.accelerator.gather(torch.cat((self.first_bad_update[None], answers))[None])
+        bad_updates, saves, stops, waits = status.T.tolist()
+        self.polled_at, self.polled_update, self.next_poll = now, done, done + waits[0]
+        if min(bad_updates) < self.regime.total_updates:
+            raise self._diverged("the loss", min(bad_updates))
+        return bool(saves[0]), any(stops)
+
+    def log(self, done: int, grad_norm: Tensor, bar: tqdm) -> None:
+        """Write a row of the log; where an evaluation is due, evaluate."""
+        images_per_second = self.row_updates * self.regime.batch_size / (self.train_seconds - self.row_began)
+        row = {
+            "update": done,
+            "samples": done * self.regime.batch_size,
+            "lr": self.regime.lr_at(done - 1),
+            "train_loss": self._over_processes(self.loss_sum).item() / self.row_updates,
+            "grad_norm": grad_norm.item(),
+            **on_first_process(self._weight_distances),
+            "images_per_second": round(images_per_second, 1),
+        }
+        if done in self.evaluated_updates:
+            metrics = self.evaluate()
+            row |= {
+                "split": self.scored_set.split,
+                "top1_percent": metrics.top1_percent,
+                "top5_percent": metrics.top5_percent,
+                "eval_loss": metrics.loss,
+            }
+            bar.set_postfix(loss=f"{row['train_loss']:.3f}", top1=f"{metrics.top1_percent:.2f}")
+            if bar.disable and self.show_lines:
+                print(
+                    f"{self.recipe.run_name}: update {done}/{self.regime.total_updates}, loss {row['train_loss']:.4f},"
+                    f" top-1 {metrics.top1_percent:.2f} %, {images_per_second:.0f} images/s",
+                    flush=True,
+                )
+        row["train_seconds"] = round(self.train_seconds, 2)
+        on_first_process(lambda: self.run.log(row))
+        self.accelerator.log({k: v for k, v in row.items() if k != "split"}, step=done)
+        self.loss_sum.zero_()
+        self.row_updates, self.row_began = 0, self.train_seconds
+
+    def recalibrate(self) -> None:
+        """Put in place of the running averages the statistics of one pass over the training set, in its first order."""
+        updates = range(max(1, len(self.train_set) // self.regime.batch_size))
+        orders = (self.batches.at(update) for update in updates)
+        recalibrate(
+            self.bare_model,
+            (self.augment(indices[p], epochs[p]) for indices, epochs in orders for p in self.positions),
+        )
+
+    def evaluate(self) -> Metrics:
+        """Score the model as it stands, each sample counted once whatever the number of processes."""
+        with gathered_running_statistics(self.bare_model, self._sum_over_groups):
+            shares = self.scored_set.batches(EVALUATION_BATCH_SIZE, self.augment.dtype, self.rank, self.world_size)
+            return evaluate(self.bare_model, shares, reduce=self._over_processes)
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            DivergedError: if a weight is not finite; a checkpoint of it would be worthless.
+            RunError: on all processes, if the first cannot write it.
+        """
+        if not all(p.isfinite().all() for p in self.parameters):
+            raise self._diverged("a weight", done - 1)
+        progress = {
+            "loss_sum": self._over_processes(self.loss_sum).item(),
+            "row_updates": self.row_updates,
+            "row_seconds": self.train_seconds - self.row_began,
+            "train_seconds": self.train_seconds,
+        }
+        with gathered_running_statistics(self.bare_model, self._sum_over_groups):
+            on_first_process(
+                lambda: self.run.save_checkpoint(
+                    Checkpoint(
+                        done,
+                        self.regime.total_updates,
+                        self.bare_model.state_dict(),
+                        self.optimizer.state_dict()["state"],
+                        progress,
+                    )
+                )
+            )
+        self.saved_update, self.saved_at = done, time.perf_counter()
+
+    def progress_bar(self, show: bool) -> tqdm:
+        self.show_lines = show and self.accelerator.is_main_process
+        return tqdm(
+            desc=self.recipe.run_name,
+            initial=self.first_update,
+            total=self.regime.total_updates,
+            unit="update",
+            dynamic_ncols=True,
+            disable=None if self.show_lines else True,  # None: where the output is not a terminal
+        )
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value) if self.world_size > 1 else value
+
+    def _sum_over_groups(self, value: Tensor) -> None:
+        # Those that share ghosts hold the same statistics; the first of them speaks for all.
+        if self.rank % self.layout.processes_per_ghost:
+            value.zero_()
+        torch.distributed.all_reduce(value)
+
+    @torch.no_grad()
+    def _weight_distances(self) -> dict[str, float]:
+        squares = torch.stack(
+            [(p - w).double().square().sum() for p, w in zip(self.parameters, self.initial, strict=True)]
+        )
+        return {"weight_distance": squares.sum().sqrt().item(), "weight_distance_first": squares[0].sqrt().item()}
+
+    def _diverged(self, what: str, update: int) -> DivergedError:
+        kept = f"checkpoint of update {self.saved_update}" if self.saved_update else "no checkpoint yet"
+        return DivergedError(
+            f"{self.folder}: {what} is not finite after update {update} at learning rate {self.regime.lr_at(update):g};"
+            f" last good: {kept}. A lower base.lr, base.warmup_epochs or optimizer.clip_grad_norm is what usually helps"
+        )
+
+    def _environment(self, first_update: int) -> dict[str, Any]:
+        """What env.json holds of one start of the run."""
+        layout, train_set = self.layout, self.train_set
+        return {
+            "first_update": first_update,
+            "total_updates": self.regime.total_updates,
+            "processes": layout.processes,
+            "accumulation": layout.accumulation,
+            "micro_batch_size": layout.micro_batch_size,
+            "processes_per_ghost": layout.processes_per_ghost,
+            "threads": torch.get_num_threads(),
+            "hardware": _hardware(self.device),
+            "commit": _commit(),
+            "versions": {
+                "gbnzoo": gbnzoo.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "timm", "accelerate")},
+            },
+            "data": {
+                "num_samples": len(train_set),
+                "scored_split": self.scored_set.split,
+                "scored_samples": len(self.scored_set),
+                "class_names": list(train_set.class_names),
+                "mean": list(train_set.mean),
+                "std": list(train_set.std),
+                "input_size": list(train_set.input_size),
+            },
+        }
+
+
+def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet, ImageSet]:
+    """The training images, and those the recipe is scored on: the held-out ones, or the test split."""
+    options = {"data_dir": data_dir, **recipe.data.model_dump(exclude={"name", "augment"})}
+    scored = "validation" if recipe.data.holdout else "test"
+    return load_images(recipe.data.name, "train", **options), load_images(recipe.data.name, scored, **options)
+
+
+def build_model(recipe: Recipe, train_set: ImageSet, ghost_batch_size: int) -> nn.Module:
+    """The recipe's network for the data, its initial weights a function of the seed alone, so that rungs share them.
+
+    Raises:
+        ValueError: if timm knows no such architecture, or its entry point refuses the arguments.
+    """
+    if not timm.is_model(recipe.model.name):
+        raise ValueError(
+            f"model.name {recipe.model.name!r} is no architecture that timm or gbnzoo knows; see timm.list_models('*_gbn')"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return timm.create_model(
+            recipe.model.name,
+            num_classes=len(train_set.class_names),
+            in_chans=train_set.input_size[0],
+            ghost_batch_size=ghost_batch_size,
+            pretrained_cfg_overlay={"input_size": train_set.input_size, "mean": train_set.mean, "std": train_set.std},
+            **recipe.model.args,
+        )
+
+
+def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """One of timm's optimizers; its rate is set at each update."""
+    # timm calls SGD with Nesterov's momentum "sgd", and without it "momentum".
+    name = "momentum" if settings.name == "sgd" and not settings.nesterov else settings.name
+    return create_optimizer_v2(
+        model,
+        opt=name,
+        lr=0.0,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        filter_bias_and_bn=not settings.decay_norm_and_bias,
+        **settings.args,
+    )
+
+
+def _installed(tracker: str | None) -> str | None:
+    """Accelerate passes over a tracker that is missing without a word."""
+    if tracker and tracker not in TRACKERS:
+        raise ValueError(f"tracker {tracker!r}: wanted one of {', '.join(TRACKERS)}")
+    if tracker and not importlib.util.find_spec(tracker):
+        raise ValueError(f"tracker {tracker!r} is not installed; pip install {tracker}")
+    return tracker
+
+
+def _log_spaced(total: int) -> set[int]:
+    """1, 2, 3, 4, 6, 8, 10, …: eight a decade."""
+    return {n for k in range(200) if (n := round(10 ** (k / 8))) <= total}
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} × {_cpu_name()}"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this code lies in, with a + where files were changed; None where it is installed."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
