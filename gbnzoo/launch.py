@@ -17,6 +17,7 @@ import torch.distributed as dist
 import typer
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -54,9 +55,12 @@ def start_processes(processes: int, module: str, arguments: Sequence[str]) -> in
         ValueError: if there are GPUs, but not so many.
         LostProcessError: if a process was killed.
     """
-    devices = torch.accelerator.device_count()
+    devices = 0 if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.device_count()
     if 0 < devices < processes:
-        raise ValueError(f"{processes} processes need as many GPUs; this machine has {devices}")
+        raise ValueError(
+            f"{processes} processes need as many GPUs; this machine has {devices}. ACCELERATE_USE_CPU=true in the environment"
+            " puts them on CPU cores"
+        )
     # Otherwise each process would take all cores for itself.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     config = LaunchConfig(

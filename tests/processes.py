@@ -19,9 +19,12 @@ _SERVER.set_forkserver_preload(["gbnzoo.train", "sklearn.datasets"])
 
 
 class Together:
-    """`function(*arguments)` in so many processes that torch.distributed can join; killed, if need be, at the end."""
+    """`function(*arguments)` in so many processes that torch.distributed can join; killed, if need be, at the end.
 
-    def __init__(self, processes: int, function: Callable, *arguments: Any):
+    They are on CPU cores, unless `on_gpus`, and then one process is joined to itself.
+    """
+
+    def __init__(self, processes: int, function: Callable, *arguments: Any, on_gpus: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -29,7 +32,8 @@ class Together:
         for rank in range(processes):
             answer, end = _SERVER.Pipe(duplex=False)
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            place = {} if processes == 1 else place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 or on_gpus else {}
+            place |= {} if on_gpus else {"ACCELERATE_USE_CPU": "true"}
             process = _SERVER.Process(target=_work, args=(end, place, function, arguments))
             process.start()
             end.close()
@@ -57,9 +61,9 @@ class Together:
         return results
 
 
-def run_together(processes: int, function: Callable, *arguments: Any, timeout: float = 120) -> list[Any]:
-    with Together(processes, function, *arguments) as together:
-        return together.results(timeout=timeout)
+def run_together(processes: int, function: Callable, *arguments: Any, on_gpus: bool = False) -> list[Any]:
+    with Together(processes, function, *arguments, on_gpus=on_gpus) as together:
+        return together.results()
 
 
 def _work(answer: Connection, place: dict[str, Any], function: Callable, arguments: tuple) -> None:

@@ -47,13 +47,14 @@ def train_layouts(out, overrides, rung, micro_batch_sizes):
         train(recipe, out=f"{out}/{size}", micro_batch_size=size, timeout_seconds=60, show_progress=False)
 
 
-def train_on_all_layouts(out, overrides, rung="gbn", layouts=LAYOUTS):
+def train_on_all_layouts(out, overrides, rung="gbn", layouts=LAYOUTS, plain=64, on_gpus=False):
     """The run of each (processes, micro-batch), the plain one of (1, 64) first."""
-    sizes = {1: [64]}
+    sizes = {1: [plain]}
     for processes, size, *_ in layouts:
         sizes.setdefault(processes, []).append(size)
     for processes in sizes:
-        run_together(processes, train_layouts, f"{out}/{processes}", overrides, rung, sizes[processes])
+        arguments = (f"{out}/{processes}", overrides, rung, sizes[processes])
+        run_together(processes, train_layouts, *arguments, on_gpus=on_gpus)
     return {
         (processes, size): Run(next((out / str(processes) / str(size)).iterdir()))
         for processes in sizes
@@ -156,6 +157,22 @@ def test_other_architectures_too(tmp_path, name):
     runs = train_on_all_layouts(tmp_path, overrides, layouts=[(2, 16), (2, 8)])
     assert relative_distance(runs[2, 16], runs[1, 64]) < 1e-9
     assert relative_distance(runs[2, 8], runs[1, 64]) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["levit_128s_gbn", "efficientvit_m0_gbn", "resnet50_gbn", "regnety_002_gbn"])
+def test_and_larger_ones(tmp_path, name):
+    """levit and efficientvit_msra fold tokens and windows into the batch, and still share ghosts between processes."""
+    model = [f"model={{name: {name}}}", "data.image_size=224", "base.lr=0.001"]
+    batches = [
+        "large={batch_size: 8, ghost_batch_size: 4}",
+        "base.batch_size=4",
+        "base.epochs=0.0127",
+        "data.holdout=20",
+    ]
+    runs = train_on_all_layouts(tmp_path, [*SHORT, *model, *batches], layouts=[(2, 4), (2, 2)], plain=8)
+    assert relative_distance(runs[2, 4], runs[1, 8]) < 1e-9
+    assert relative_distance(runs[2, 2], runs[1, 8]) < 1e-9
 
 
 def test_in_float32_layouts_differ_by_the_rounding_of_sums(tmp_path):
@@ -297,3 +314,15 @@ def test_another_number_of_processes_than_asked_for_is_refused_before_anything_i
 
 def test_one_process_may_be_asked_for_under_accelerate(tmp_path):
     run_together(1, train_on, 1, tmp_path, ACCELERATE_CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("processes", [1, 2])
+def test_with_nccl_too(tmp_path, processes):
+    """On one GPU the processes' talk with themselves; on two also a ghost over both."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs")
+    layouts = [(1, 16)] if processes == 1 else [(2, 32), (2, 16), (2, 8)]
+    runs = train_on_all_layouts(tmp_path, [*SHORT, "statistics=recalibrated"], layouts=layouts, on_gpus=True)
+    for layout in layouts:
+        assert relative_distance(runs[layout], runs[1, 64]) < 1e-9

@@ -18,6 +18,7 @@ from gbnzoo import run as run_module
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import Run
 from gbnzoo.train import train
+from gbnzoo.trainer import Trainer
 
 # Thirty updates of 64 digits; with everything that a checkpoint must know of.
 RECIPE = [
@@ -138,6 +139,29 @@ def test_two_at_once_cannot_train_in_one_folder(tmp_path):
         assert first.processes[0].is_alive()
 
 
+def train_with_dropout(out, stop_after=None):
+    """mobilenetv3 with dropout and drop path; stopped by itself in the middle, if asked to."""
+    if stop_after:
+        wait = Trainer.agree
+        Trainer.agree = lambda self, done, stop: wait(self, done, stop or done >= stop_after)
+    model = "model={name: mobilenetv3_small_050_gbn, args: {drop_rate: 0.2, drop_path_rate: 0.2}}"
+    recipe = load_recipe(DIGITS, [*RECIPE, model, "base.epochs=0.25", "base.milestones=[]"], rung="gbn")
+    return train(recipe, out=out, resume=True, show_progress=False)
+
+
+def test_dropout_is_the_same_again_on_the_same_layout(tmp_path):
+    """And another draw on another layout, which the other tests cannot see: their networks have none."""
+    twice, stopped, alone = (tmp_path / name for name in ("twice", "stopped", "alone"))
+    first, *_ = run_together(2, train_with_dropout, twice)
+    with pytest.raises(AssertionError, match="TerminatedError"):
+        run_together(2, train_with_dropout, stopped, 2)
+    second, *_ = run_together(2, train_with_dropout, stopped)
+    other, *_ = run_together(1, train_with_dropout, alone)
+    assert [start["first_update"] for start in Run(second).environments()] == [0, 2]
+    assert relative_distance(Run(second), Run(first)) < 1e-9
+    assert relative_distance(Run(other), Run(first)) > 1e-3
+
+
 def train_on_a_disk_that_fills_up(out):
     write = run_module._write
 
@@ -195,7 +219,12 @@ def start(arguments):
     """A command of its own process group, so that all it starts can be ended."""
     # torch adds its own lines to stderr.
     return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
 
 
@@ -267,7 +296,8 @@ def test_24_real_runs_killed_at_random_moments_end_as_one(tmp_path, whole):
         assert process.poll() is None, process.communicate()
         end(process)
         writes += is_writing_checkpoint(tmp_path)()
-    subprocess.run([*command(tmp_path, 2, "--resume"), *longer], check=True, timeout=300)
+    last = start([*command(tmp_path, 2, "--resume"), *longer])
+    assert last.wait(timeout=300) == 0, last.communicate()
     [uninterrupted] = run_together(1, train_digits, tmp_path / "whole", 60, 60, longer)
     run = Run(folder)
     print(f"{writes} of 24 kills during a write; starts from updates", *(s["first_update"] for s in run.environments()))
