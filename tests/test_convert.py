@@ -176,6 +176,7 @@ def test_a_reverted_model_has_nothing_of_gbnzoo():
     assert b"gbnzoo" not in pickle.dumps(model)
     assert [type(layer) for layer in model] == [type(layer) for layer in plain]
     assert [sorted(vars(layer)) for layer in model] == [sorted(vars(layer)) for layer in plain]
+    assert not model._forward_pre_hooks_with_kwargs
     assert torch.equal(model(x), plain(x))
 
 

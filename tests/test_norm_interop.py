@@ -105,6 +105,21 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(compiled.eval()(x), net.eval()(x))
 
 
+def test_compiling_for_another_batch_size_reasons_about_no_symbol():
+    """With a symbolic N, N // g in four layers took the compiler two minutes."""
+    batch_sizes = []
+
+    def record(graph, _):
+        inputs = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        batch_sizes.extend(str(x.shape[0]) for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 2)
+        return graph
+
+    compiled = torch.compile(GhostBatchNorm1d(3, ghost_batch_size=GHOST), fullgraph=True, backend=record)
+    for samples in (4, 5, 7):
+        compiled(torch.randn(samples, 3))
+    assert batch_sizes == ["4", "5", "7"]
+
+
 @pytest.mark.slow
 def test_inductor_compiles_the_same():
     net = ghost_net()
