@@ -9,6 +9,7 @@ import functools
 import io
 import itertools
 import json
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gbnzoo.recipe import Recipe, load_recipe, shipped_recipes
 from gbnzoo.regime import RUNGS
+from gbnzoo.weights import ORGANIZATION
 
 TIMM_COLUMNS = (
     "model",
@@ -56,6 +58,7 @@ CROP_PCT, INTERPOLATION = 1.0, "bicubic"
 
 STATISTICS = "running averages"
 PAPER = "1705.08741"
+_HUB_ID = re.compile(r"(?:[\w-]+/)?[\w.-]+")  # the Hub's own pattern
 
 
 @dataclass(frozen=True)
@@ -354,6 +357,29 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 # ---- the model card
 
 
+def check_card(text: str) -> ModelCard:
+    """Read a model card as the Hub does, which verifies `license`, `datasets` and `model-index`; needs no network.
+
+    Raises:
+        ValueError: for what the Hub would refuse.
+
+    Source: huggingface/hub-docs, modelcard.md, and the errors of its validation.
+    """
+    card = ModelCard(text)  # raises for YAML and a model-index that huggingface_hub cannot read
+    data = card.data
+    results = data.eval_results or []
+    wanted = {
+        "`license` wanted, one of https://hf.co/docs/hub/repositories-licenses": isinstance(data.license, str),
+        "`datasets` wanted as ids on the Hub": all(_HUB_ID.fullmatch(str(name)) for name in data.datasets or []),
+        "`model-index` wanted with a result": bool(results),
+        "`dataset.type` of each result wanted as an id": all(_HUB_ID.fullmatch(str(r.dataset_type)) for r in results),
+        "`value` of each metric wanted as a number": all(isinstance(r.metric_value, int | float) for r in results),
+    }
+    if problems := [problem for problem, holds in wanted.items() if not holds]:
+        raise ValueError(f"the model card would be refused by the Hub: {'; '.join(problems)}")
+    return card
+
+
 def model_card(config: Mapping[str, Any], recipe: Recipe, results: Sequence[Mapping[str, str]]) -> str:
     """README.md of a hub folder.
 
@@ -501,19 +527,35 @@ def _results(
 def _usage(config: Mapping[str, Any], recipe: Recipe) -> str:
     is_ours = config["architecture"] == recipe.model.name
     mode = "L" if config["pretrained_cfg"]["input_size"][0] == 1 else "RGB"
-    return f"""```python
-{"import gbnzoo  # tells timm the architecture" if is_ours else "# gbnzoo is not needed"}
+    ghosts = config["gbn"]["ghost_batch_size"]
+    return f"""In plain timm{", which gbnzoo tells the architecture" if is_ours else "; gbnzoo is not needed"}:
+
+```python
+{"import gbnzoo" if is_ours else "# no import of gbnzoo"}
 import timm
 from PIL import Image
 
-model = timm.create_model("local-dir:hub/{recipe.name}", pretrained=True).eval()
+model = timm.create_model("hf-hub:{ORGANIZATION}/{recipe.name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
 image = Image.open("image.png").convert("{mode}")
 probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
 best = probabilities.argmax().item()
 print(model.pretrained_cfg["label_names"][best], f"{{probabilities[best]:.1%}}")
-```"""
+```
+
+With gbnzoo the name is enough. The weights are then the checkout's, else the Hub's, and are looked at before they are loaded;
+`ghost_batch_size` is for training on:
+
+```python
+import gbnzoo
+import timm
+
+model = timm.create_model("{recipe.name}", pretrained=True, ghost_batch_size={ghosts})
+```
+
+Offline: `timm.create_model("local-dir:FOLDER", pretrained=True)` with a copy of this repo, or `HF_HUB_OFFLINE=1` once the cache
+holds it. `@{config["gbn"]["sha256"][:12]}` after the Hub's name means these very weights, whatever is published here later."""
 
 
 def _limits(

@@ -9,10 +9,11 @@ import typer
 from gbnzoo import report, train
 from gbnzoo.data import load_images
 from gbnzoo.metrics import evaluate
-from gbnzoo.publish import publish, record_result
+from gbnzoo.publish import publish, record_result, refresh
 from gbnzoo.recipe import load_recipe
 from gbnzoo.regime import RUNGS, Regime, choose_layout
 from gbnzoo.train import plain_errors
+from gbnzoo.upload import hub_files, upload
 
 app = typer.Typer(
     help="Ghost-BatchNorm models for timm, and the long large-batch recipes that train them.",
@@ -101,13 +102,35 @@ def ladder(
 
 @app.command("publish")
 def publish_command(
-    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    folder: Annotated[Path | None, typer.Argument(help="a finished run; with --to a hub folder")] = None,
     hub: Hub = Path("hub"),
     only_result: Annotated[bool, typer.Option("--only-result", help="only its row in results.csv, no weights")] = False,
+    to: Annotated[
+        str | None, typer.Option(metavar="ORG", help="upload the hub folder to ORG/<name> on the Hub")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repo private, where it is new")] = False,
+    revision_tag: Annotated[str | None, typer.Option(help="name the revision, besides the weights' hash")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check and list a hub folder's files, send nothing")
+    ] = False,
 ) -> None:
-    """Make the hub folder of a finished run, byte for byte what the Hub gets, and its row in results.csv."""
+    """Make the hub folder of a finished run and its row in results.csv; with --to, upload a hub folder.
+
+    Without a folder, cards and index are generated again from results.csv.
+    """
     with plain_errors():
-        print(record_result(run, hub) if only_result else publish(run, hub))
+        if folder is None:
+            refresh(hub)
+            print(hub / "README.md")
+        elif dry_run:
+            for file in hub_files(folder):
+                print(f"{file.path}  {file.num_bytes:,} bytes  sha256 {file.sha256}")
+        elif to:
+            done = upload(folder, to, private=private, revision_tag=revision_tag)
+            print(f"{done.url}: {', '.join(done.changed) or 'nothing had changed'}")
+            print(f"commit {done.commit}, tags {', '.join(done.tags)}")
+        else:
+            print(record_result(folder, hub) if only_result else publish(folder, hub))
 
 
 @app.command("report")

@@ -26,13 +26,13 @@ from huggingface_hub.errors import (
 from timm.models import PretrainedCfg
 from torch import nn
 
-from gbnzoo.weights import WEIGHTS_FILE, check_weights, find_weights, refuse_pickles
+from gbnzoo.weights import ORGANIZATION, WEIGHTS_FILE, check_weights, find_weights, refuse_pickles
 
-ORGANIZATION = "gbnzoo"
-"""Whose repos on the Hub the published names are."""
+HTTPError = HfHubHTTPError.__bases__[0]
+"""The HTTP client's own, by whichever name this huggingface_hub has it."""
 
+_LOCATION_KEYS = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 _LONGEST_WAIT_SECONDS = 300  # the Hub counts requests over five minutes
-_HTTPError = HfHubHTTPError.__bases__[0]  # of httpx, which other versions of huggingface_hub name differently
 
 
 class WeightsNotFoundError(FileNotFoundError):
@@ -94,13 +94,14 @@ def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             folder = find_published(name, cache_dir=cache_dir)
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             kwargs = config.get("model_args", {}) | kwargs
-            pretrained_cfg = _timm_cfg(config) | {"architecture": architecture, "file": str(folder / WEIGHTS_FILE)}
+            origin = {"architecture": architecture, "hf_hub_id": f"{ORGANIZATION}/{name}"}
+            pretrained_cfg = _timm_cfg(config) | origin | {"file": str(folder / WEIGHTS_FILE)}
         elif isinstance(pretrained_cfg, dict) and (source := pretrained_cfg.get("source")) in ("hf-hub", "local-dir"):
             location = pretrained_cfg["hf_hub_id" if source == "hf-hub" else "file"]
             folder = open_source(f"{source}:{location}", cache_dir=cache_dir)
             # As a file, so that timm does not choose among what the place offers, a pickle perhaps.
-            plain = {"source": None, "hf_hub_filename": None, "custom_load": False}
-            pretrained_cfg = pretrained_cfg | plain | {"file": str(folder / WEIGHTS_FILE)}
+            origin = {"hf_hub_id": pretrained_cfg.get("hf_hub_id")}
+            pretrained_cfg = _without_location(pretrained_cfg) | origin | {"file": str(folder / WEIGHTS_FILE)}
         elif pretrained_cfg is None and not default_cfg.default.has_weights and (names := published_of(architecture)):
             raise ValueError(f"{architecture} has no default weights; published are {', '.join(names)}")
         return build(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
@@ -208,7 +209,7 @@ def _fetch(repo: str, filename: str, revision: str | None, cache_dir: str | Path
         if filename == WEIGHTS_FILE:
             refuse_pickles(source, HfApi().list_repo_files(repo, revision=revision))
         problem, cure = f"the repo holds no {filename}", "a repo of a timm model"
-    except (_HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         problem, cure = without_token(error), "the same with that put right"
     cached = [commit for commit in _cached_commits(repo, cache_dir) if commit != revision]
     raise WeightsNotFoundError(
@@ -226,11 +227,15 @@ def _cached_commits(repo: str, cache_dir: str | Path | None) -> list[str]:
     return sorted(file.parent.name for file in snapshots.glob(f"*/{WEIGHTS_FILE}"))
 
 
-def _has_location(cfg: dict[str, Any] | None) -> bool:
-    return any((cfg or {}).get(key) for key in ("file", "url", "hf_hub_id", "state_dict"))
-
-
 def _timm_cfg(config: dict[str, Any]) -> dict[str, Any]:
     """timm's pretrained cfg of a config.json, less any place to load from."""
     tops = {key: config[key] for key in ("num_classes", "label_names") if key in config}
-    return config["pretrained_cfg"] | tops
+    return _without_location(config["pretrained_cfg"]) | tops
+
+
+def _has_location(cfg: dict[str, Any] | None) -> bool:
+    return any((cfg or {}).get(key) for key in _LOCATION_KEYS)
+
+
+def _without_location(cfg: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cfg.items() if key not in _LOCATION_KEYS}

@@ -28,6 +28,7 @@ from gbnzoo.card import (
     read_results,
     result_row,
 )
+from gbnzoo.collection import collection_markdown, collection_page, collection_rows
 from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.run import Run
 
@@ -49,6 +50,8 @@ def publish(run_folder: str | Path, hub: str | Path = "hub") -> Path:
         RunError: if the run is not finished.
         ValueError: if its weights are not finite float32, do not fit the architecture, or do not come back through timm.
     """
+    if (Path(run_folder) / "config.json").is_file():
+        raise ValueError(f"{run_folder} is a hub folder already; --to ORG uploads it")
     run, hub = Run(run_folder), Path(hub)
     recipe, (checkpoint, log_row) = run.recipe, run.finished()
     _check_publishable(checkpoint.model, run.folder)
@@ -74,7 +77,8 @@ def publish(run_folder: str | Path, hub: str | Path = "hub") -> Path:
         if folder.exists():
             os.replace(folder, Path(scratch) / "replaced")
         os.replace(aside, folder)
-    _write_results(hub, results)
+    _replace(hub / "results.csv", as_csv(results))
+    refresh(hub)  # the ladder on other cards may have changed
     return folder
 
 
@@ -96,7 +100,8 @@ def record_result(run_folder: str | Path, hub: str | Path = "hub") -> Path:
     model, _ = load_run(run)
     hub.mkdir(parents=True, exist_ok=True)
     row = result_row(recipe, log_row, run.environments(), param_count=_param_count(model))
-    _write_results(hub, merge_result(results, row))
+    _replace(hub / "results.csv", as_csv(merge_result(results, row)))
+    refresh(hub)
     return hub / "results.csv"
 
 
@@ -229,12 +234,20 @@ def _check_loads(folder: Path, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{folder.name}: not published, timm loads {_listed(changed)} other than the run left it")
 
 
-def _write_results(hub: Path, results: list[dict[str, str]]) -> None:
-    """Write results.csv, then every card again: the ladder in it may have changed."""
-    _replace(hub / "results.csv", as_csv(results))
+def refresh(hub: str | Path = "hub") -> None:
+    """Write every card and the collection's index again, from results.csv and what lies in the hub folders.
+
+    Raises:
+        ValueError: if a hub folder has no row in results.csv.
+    """
+    hub = Path(hub)
+    results = read_results(hub / "results.csv")
     for path in hub.glob("*/config.json"):
         config, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(path.with_name("recipe.yaml"))
         _replace(path.with_name("README.md"), model_card(config, recipe, results))
+    rows = collection_rows(results, hub)
+    _replace(hub / "README.md", collection_markdown(rows))
+    _replace(hub / "index.html", collection_page(rows))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+ORGANIZATION = "gbnzoo"
+"""Whose repos on the Hub the published names are."""
+
 WEIGHTS_FILE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".tar")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}

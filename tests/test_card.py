@@ -1,14 +1,19 @@
 """Rows of results.csv and model cards."""
 
+import json
+import re
 import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from small_run import ENVIRONMENT, small_recipe
 
 from gbnzoo.card import (
     RESULT_COLUMNS,
     as_csv,
+    check_card,
     group_by_rung,
     in_timm_order,
     ladder_table,
@@ -21,12 +26,13 @@ from gbnzoo.card import (
 )
 from gbnzoo.recipe import load_recipe, shipped_recipes
 
+HUB = Path(__file__).parents[1] / "hub"
 CONFIG = {
     "architecture": "resnet8_thin_gbn",
     "num_classes": 6,
     "label_names": ENVIRONMENT["data"]["class_names"],
     "pretrained_cfg": {"input_size": [3, 8, 8]},
-    "gbn": {"num_samples": 40, "scored_samples": 20},
+    "gbn": {"num_samples": 40, "scored_samples": 20, "ghost_batch_size": 4, "sha256": "0123456789abcdef"},
 }
 
 
@@ -204,6 +210,69 @@ def test_a_card_tells_how_the_weights_were_trained():
     for fact in ("8, 2 ghosts of 4", "40 (1 epochs of 40)", "0.1414, × 0.5 at update 2", "4 × a processor"):
         assert fact in text
     assert recipe.to_yaml().strip() in text
+
+
+def test_a_card_passes_what_the_hub_verifies():
+    assert check_card(model_card(CONFIG, small_recipe(), [row()])).data.eval_results[0].metric_value == 87.5
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ("license: apache-2.0", "", "`license` wanted"),
+        ("license: apache-2.0", "license: [", "expected"),
+        ("type: shapes", "type: some shapes", "`dataset.type`"),
+        ("value: 87.5", "value: high", "`value` of each metric"),
+        ("value: 87.5", "", "value"),
+        ("model-index:", "results:", "`model-index` wanted"),
+        ("pipeline_tag:", "datasets: [scikit-learn's digits]\npipeline_tag:", "`datasets` wanted"),
+        ("---", "", "`license` wanted"),
+    ],
+)
+def test_a_card_that_the_hub_would_refuse(right, wrong, problem):
+    text = model_card(CONFIG, small_recipe(), [row()])
+    assert right in text
+    with pytest.raises((ValueError, yaml.YAMLError), match=problem):
+        check_card(text.replace(right, wrong, 1))
+
+
+def disagreements(card, row):
+    """Numbers on a card that are not those of its row of results.csv, read as a reader of the card would."""
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    said = re.search(r"\*\*Top-1 ([\d.]+) %\*\*, top-5 ([\d.]+) %, on the (\w+) split", card.text).groups()
+    batch, ghosts = re.search(r"\| batch \| (\d+), (?:\d+ ghosts of (\d+)|no ghosts) \|", card.text).groups()
+    found = {
+        "top1": (results["Top-1 accuracy (%)"], float(row["top1"])),
+        "top5": (results["Top-5 accuracy (%)"], float(row["top5"])),
+        "top1 in words": (said[0], f"{float(row['top1']):.2f}"),
+        "top5 in words": (said[1], f"{float(row['top5']):.2f}"),
+        "split": (said[2], row["split"]),
+        "param_count": (re.search(r"Params \(M\):\*\* ([\d.]+)", card.text)[1], row["param_count"]),
+        "updates": (re.search(r"\| updates \| (\d+) \|", card.text)[1], row["updates"]),
+        "samples": (re.search(r"\| samples seen \| (\d+) ", card.text)[1], row["samples"]),
+        "batch_size": (batch, row["batch_size"]),
+        "ghost_batch_size": (ghosts or batch, row["ghost_batch_size"]),
+    }
+    return [key for key, (on_card, in_row) in found.items() if on_card != in_row]
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in HUB.glob("*/config.json")), ids=lambda f: f.name)
+def test_the_cards_in_hub_agree_with_the_csv(folder):
+    rows = read_results(HUB / "results.csv")
+    (row,) = (row for row in rows if row["model"] == folder.name and row["sha256"])
+    card = check_card((folder / "README.md").read_text())
+    assert disagreements(card, row) == []
+    config = json.loads((folder / "config.json").read_text())
+    assert str(card) == model_card(config, load_recipe(folder / "recipe.yaml"), rows), "run `gbnzoo publish`"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("top1", "87.510"), ("top5", "94.990"), ("updates", "6"), ("ghost_batch_size", "8")]
+)
+def test_a_card_that_disagrees_with_the_csv_is_found(key, value):
+    made = row()
+    assert disagreements(card([made]), made) == []
+    assert key in disagreements(card([made]), made | {key: value})
 
 
 def test_a_card_without_its_row_is_refused():

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -16,10 +14,11 @@ from safetensors.torch import load_file
 from small_run import CLASS_NAMES, MEAN, STD, finished_run, random_weights, small_recipe
 
 from gbnzoo.card import read_results
-from gbnzoo.publish import load_run, load_weights, publish, record_result
+from gbnzoo.publish import load_run, load_weights, publish, record_result, refresh
 from gbnzoo.run import Run, RunError
 
 NAME = "resnet8_thin_gbn.shapes_gbn8"
+INDEX = ("README.md", "index.html", "results.csv")
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_a_hub_folder_holds_five_files_and_no_pickle(tmp_path, hub):
     files = contents(publish(run, hub))
     assert set(files) == {"README.md", "config.json", "log.csv", "model.safetensors", "recipe.yaml"}
     assert (files["log.csv"], files["recipe.yaml"]) == tuple((run / f).read_bytes() for f in ("log.csv", "recipe.yaml"))
-    assert {path.name for path in hub.iterdir()} == {NAME, "results.csv"}
+    assert {path.name for path in hub.iterdir()} == {NAME, *INDEX}
 
 
 def test_the_hash_in_config_and_row_is_that_of_the_weights(tmp_path, hub):
@@ -75,24 +74,14 @@ def test_publishing_twice_gives_the_same_bytes(tmp_path, hub):
     assert len(rows(hub)) == 1
 
 
-def test_the_weights_of_a_twin_load_in_timm_without_gbnzoo(tmp_path, hub):
+def test_the_weights_of_a_twin_name_timms_own_network(tmp_path, hub):
+    """Which loads them without gbnzoo, as tests/test_hub.py shows."""
     run = finished_run(tmp_path, model={"name": "test_resnet_gbn"})
     folder = publish(run, hub)
     assert json.loads((folder / "config.json").read_text())["architecture"] == "test_resnet"
-    code = f"""
-import sys
-sys.modules["gbnzoo"] = None  # makes an import of it fail
-import timm, torch
-from safetensors.torch import load_file
-model = timm.create_model("local-dir:{folder}", pretrained=True)
-weights = load_file("{folder}/model.safetensors")
-assert type(model).__module__ == "timm.models.resnet"
-assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
     twin, _ = load_run(Run(run))
     original = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert type(original).__module__ == "timm.models.resnet"
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(twin.eval()(images), original.eval()(images))
 
@@ -105,13 +94,24 @@ def test_arguments_of_the_recipe_come_back_with_the_weights(tmp_path, hub):
     assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == [(16, 192), (16, 16), (6, 16)]
 
 
-def test_the_usage_on_a_card_runs_as_written(tmp_path, hub, monkeypatch, capsys):
-    folder = publish(finished_run(tmp_path), hub)
+@pytest.mark.parametrize("name", ["resnet8_thin_gbn", "test_resnet_gbn"])
+def test_the_usage_on_a_card_runs_as_written(tmp_path, hub, monkeypatch, capsys, name):
+    """But for the place: the hub folder is not on the Hub."""
+    run = finished_run(tmp_path, model={"name": name})
+    folder = publish(run, hub)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GBNZOO_HUB", str(hub))
     PIL.Image.fromarray(np.full((9, 11, 3), 128, np.uint8)).save("image.png")
-    (usage,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-    exec(compile(usage, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    plain, by_name = (block.replace("hf-hub:gbnzoo/", f"local-dir:{hub}/") for block in blocks)
+    assert ("gbnzoo is not needed" in (folder / "README.md").read_text()) == (name == "test_resnet_gbn")
+    exec(compile(plain, "README.md", "exec"), {})
     assert re.fullmatch(r"class \d \d+\.\d%\n", capsys.readouterr().out)
+    scope = {}
+    exec(compile(by_name, "README.md", "exec"), scope)
+    assert {m.ghost_batch_size for m in scope["model"].modules() if hasattr(m, "ghost_batch_size")} == {4}
+    trained = load_run(Run(run))[0].state_dict()
+    assert all(torch.equal(value, trained[key]) for key, value in scope["model"].state_dict().items())
 
 
 def test_a_new_result_shows_on_the_cards_of_its_ladder(tmp_path, hub):
@@ -123,13 +123,54 @@ def test_a_new_result_shows_on_the_cards_of_its_ladder(tmp_path, hub):
     assert ModelCard.load(folder / "README.md").data.eval_results[0].metric_value == 60.0
 
 
+def test_the_index_has_a_row_for_each_published_weight(tmp_path, hub):
+    publish(finished_run(tmp_path, top1_percent=50.0), hub)
+    publish(finished_run(tmp_path, rung="ra", top1_percent=62.5), hub)
+    record_result(finished_run(tmp_path, rung="sb", top1_percent=99.0), hub)
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (hub / "README.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    megabytes = f"{(hub / NAME / 'model.safetensors').stat().st_size / 1e6:.2f}"
+    heading = ["model", "data", "rung", "batch", "ghosts", "top-1 %", "parameters (M)", "size (MB)", "link"]
+    ra = NAME.replace("gbn8", "ra8")
+    assert table[0] == heading
+    assert table[2:] == [
+        [f"[{name}]({name}/README.md)", "shapes", rung, "8", "2 × 4", top1, "0.02", megabytes, f"[Hub]({url}{name})"]
+        for name, rung, top1, url in (
+            (ra, "ra", "62.50", "https://huggingface.co/gbnzoo/"),
+            (NAME, "gbn", "50.00", "https://huggingface.co/gbnzoo/"),
+        )
+    ]
+    page = (hub / "index.html").read_text()
+    assert page.count("<tr>") == 3
+    assert page.index(f">{ra}</a>") < page.index(f">{NAME}</a>")
+
+
+def test_cards_and_index_are_generated_again(tmp_path, hub):
+    folder = publish(finished_run(tmp_path), hub)
+    files = [folder / "README.md", hub / "README.md", hub / "index.html"]
+    before = [file.read_text() for file in files]
+    for file in files:
+        file.write_text("typed by hand")
+    refresh(hub)
+    assert [file.read_text() for file in files] == before
+
+
+def test_a_hub_folder_is_no_run(tmp_path, hub):
+    folder = publish(finished_run(tmp_path), hub)
+    with pytest.raises(ValueError, match=r"is a hub folder already; --to ORG uploads it"):
+        publish(folder, hub)
+
+
 def test_another_seed_takes_the_folder_over(tmp_path, hub):
     publish(finished_run(tmp_path), hub)
     folder = publish(finished_run(tmp_path, seed=1), hub)
     weights = random_weights(small_recipe(seed=1))
     assert torch.equal(load_file(folder / "model.safetensors")["conv1.weight"], weights["conv1.weight"])
     assert [bool(rows(hub)[NAME, seed]["sha256"]) for seed in ("0", "1")] == [False, True]
-    assert {path.name for path in hub.iterdir()} == {NAME, "results.csv"}
+    assert {path.name for path in hub.iterdir()} == {NAME, *INDEX}
 
 
 def test_channels_last_weights_are_published(tmp_path, hub):
@@ -203,7 +244,7 @@ def test_when_publishing_fails_what_was_there_stays(tmp_path, hub, monkeypatch):
     ):
         publish(other, hub)
     assert contents(hub / NAME) == before
-    assert {path.name for path in hub.iterdir()} == {NAME, "results.csv"}
+    assert {path.name for path in hub.iterdir()} == {NAME, *INDEX}
     assert [seed for _, seed in rows(hub)] == ["0"]
 
 
