@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from accelerate import PartialState
 
+from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.launch import (
     TerminatedError,
     is_launched,
@@ -66,6 +67,7 @@ def train(
         TerminatedError: on SIGTERM, when a checkpoint has been written.
         LostProcessError: if another process is gone.
     """
+    keep_freed_memory()
     with naming_lost_processes(), watching_for_stop() as is_asked_to_stop:
         trainer = Trainer(
             recipe,

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "run": {"recipe"},
     "launch": {"run"},
     "trainer": {"launch", "models", "recipe", "data", "metrics", "run", "regime", "norm"},
-    "train": {"trainer", "launch", "recipe"},
+    "allocator": set(),
+    "train": {"allocator", "trainer", "launch", "recipe"},
     "card": {"recipe", "run", "regime", "weights"},
     "collection": {"card", "recipe", "weights"},
     "publish": {"models", "recipe", "run", "card", "collection", "pretrained", "weights"},
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "report": {"run", "card"},
     "cli": {"report", "train", "data", "metrics", "publish", "upload", "recipe", "regime", "models"},
     "__init__": {"norm", "models"},
+    "__main__": {"cli"},
 }
 WITHOUT_TORCH = {"regime", "recipe", "card"}
 
