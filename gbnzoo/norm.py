@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from gbnzoo import kernels
 from gbnzoo.spanning import spanning_batch_norm
 
 
@@ -54,6 +55,9 @@ def ghost_batch_norm(
     if not torch.jit.is_scripting():
         # A constant to torch.compile, which then compiles once per batch size; about a symbolic one it reasons for minutes.
         rows = operator.index(rows)
+        kernel = kernels.pick(x, ghost_rows)
+        if kernel is not None:
+            return kernel(x, weight, bias, ghost_rows, eps)
     ghosts = max(1, rows // ghost_rows)
     whole_rows = (ghosts - 1) * ghost_rows
     if rows == whole_rows + ghost_rows or ghosts == 1:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from gbnzoo import kernels
 from gbnzoo.kernels import cpu, reference
+from gbnzoo.norm import GhostBatchNorm2d, GhostBatchNormAct2d
 
 GHOST = 8
 SHAPES = [  # whole and ragged batches, fewer samples than a ghost; vectors that fit and that do not
@@ -30,8 +31,9 @@ FUSIONS = {"plain": (False, False), "relu": (False, True), "add": (True, False),
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _settings(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "_ARE_ON", True)
 
 
 @pytest.fixture(params=cpu.INSTRUCTION_SETS)
@@ -266,6 +268,20 @@ def test_pick_leaves_to_torch_what_no_kernel_does(kernel):
     assert kernels.pick(x, 1) is kernel
     assert kernels.pick(x[..., :1, :1], 1) is None
     assert torch.func.vmap(lambda x: torch.tensor(kernels.pick(x, 4) is None).expand(1))(x[None]).all()
+
+
+@pytest.mark.parametrize("ghost_class", [GhostBatchNorm2d, GhostBatchNormAct2d])
+def test_layers_train_with_the_kernel(kernel, ghost_class):
+    layer = ghost_class(6, ghost_batch_size=GHOST)
+    x = torch.randn(10, 6, 5, 5, requires_grad=True)
+    assert len(kernel_nodes(layer(x).grad_fn)) == 1
+    assert not kernel_nodes(layer.double()(x.double()).grad_fn)
+
+
+def kernel_nodes(node):
+    """The kernel's nodes in the graph that ends in a node."""
+    found = [node] if "_GhostBatchNorm" in type(node).__name__ else []
+    return found + [each for inner, _ in node.next_functions if inner for each in kernel_nodes(inner)]
 
 
 def test_environment_turns_kernels_off():
