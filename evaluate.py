@@ -4,6 +4,7 @@
     python evaluate.py runs/mlp5_gbn.mnist_gbn4096-seed0 --data-dir data
     python evaluate.py 'resnet18.*' --data imagefolder --data-dir imagenet
     python evaluate.py --check --data-dir data
+    python evaluate.py --sha
 
 Weights of gbnzoo are measured as their run measured them (data, split, precision, batches of 256) unless told otherwise, and
 what the run's log says then comes out exactly. Results begin with the columns of timm's results files.
@@ -12,9 +13,9 @@ what the run's log says then comes out exactly. Results begin with the columns o
 import contextlib
 import csv
 import functools
-import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,7 +25,6 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -35,9 +35,11 @@ import gbnzoo.models  # noqa: F401  (registers the architectures)
 from gbnzoo import data
 from gbnzoo.card import INTERPOLATION, TIMM_COLUMNS, as_csv, in_timm_order, markdown_table, read_results, timm_columns
 from gbnzoo.metrics import Metrics, evaluate
+from gbnzoo.pretrained import open_source
 from gbnzoo.publish import load_run, load_weights
 from gbnzoo.run import Run
 from gbnzoo.train import EVALUATION_BATCH_SIZE, plain_errors
+from gbnzoo.weights import WEIGHTS_FILE, check_weights, sha256_of
 
 COLUMNS = (*TIMM_COLUMNS, "data", "split", "samples", "loss", "precision", "batch_size", "recorded_top1")
 TOLERANCE_PERCENT = 0.01
@@ -108,49 +110,52 @@ def expand_names(models: Iterable[str]) -> list[str]:
     return names
 
 
-def load_subject(source: str, *, pretrained: bool = True, checkpoint: Path | None = None) -> Subject:
+def load_subject(
+    source: str, *, pretrained: bool = True, checkpoint: Path | None = None, num_classes: int | None = None
+) -> Subject:
     """The model that a name on the command line means.
 
     Args:
-        source: a hub folder, a run's folder, `hf-hub:org/name`, or a name in timm.
+        source: a hub folder, with or without `local-dir:`, a run's folder, `hf-hub:org/name`, or a name in timm.
         pretrained: False leaves a model named in timm with random weights.
         checkpoint: safetensors file with the weights of a model named in timm.
+        num_classes: of a model named in timm; None is its own number.
 
     Raises:
-        ValueError: if it is none of these, or its weights do not fit.
+        ValueError: if it is none of these, or its weights do not fit or are not to be trusted.
+        FileNotFoundError: if its weights are not to be had.
     """
-    folder = Path(source)
+    folder = Path(source.removeprefix("local-dir:"))
     is_hub, is_run = ((folder / file).is_file() for file in ("config.json", "recipe.yaml"))
     is_remote = source.startswith("hf-hub:")
-    if (is_hub or is_run or is_remote) and (checkpoint or not pretrained):
-        raise ValueError(f"{source} has weights of its own; --checkpoint and --no-pretrained go with a name in timm")
-    if is_hub:
-        return _published(f"local-dir:{folder}", folder / "config.json")
+    if (is_hub or is_run or is_remote) and (checkpoint or not pretrained or num_classes):
+        raise ValueError(
+            f"{source} has weights of its own; --checkpoint, --no-pretrained and --num-classes go with a name in timm"
+        )
+    if is_hub or is_remote:
+        # Looked at here, whoever loads them: the weights of a twin name an architecture that timm loads without us.
+        opened = open_source(source if is_remote else f"local-dir:{folder}")
+        gbn = json.loads((opened / "config.json").read_text(encoding="utf-8")).get("gbn", {})
+        return Subject(gbn.get("name", source), _create(f"local-dir:{opened}", pretrained=True), gbn)
     if is_run:
         model, config = load_run(Run(folder))
         return Subject(folder.name, model, config["gbn"])
-    if is_remote:
-        repo, _, revision = source.removeprefix("hf-hub:").partition("@")
-        return _published(source, Path(hf_hub_download(repo, "config.json", revision=revision or None)))
     if folder.exists() or not timm.is_model(source.partition(".")[0]):
         raise ValueError(
             f"{source}: neither a hub folder (it would hold config.json), nor a run's (recipe.yaml), nor a model of timm's;"
             " hf-hub:org/name is read from the Hub, and timm.list_models() knows the names"
         )
-    model = _create(source, pretrained=pretrained and not checkpoint)
+    if checkpoint:
+        check_weights(checkpoint)
+    model = _create(source, pretrained=pretrained and not checkpoint, num_classes=num_classes)
     if checkpoint:
         load_weights(model, load_file(checkpoint), str(checkpoint))
     return Subject(source, model, {})
 
 
-def _published(source: str, config_file: Path) -> Subject:
-    gbn = json.loads(config_file.read_text(encoding="utf-8")).get("gbn", {})
-    return Subject(gbn.get("name", source), _create(source, pretrained=True), gbn)
-
-
-def _create(name: str, pretrained: bool) -> nn.Module:
+def _create(name: str, **options: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained)
+        return timm.create_model(name, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from error
 
@@ -206,32 +211,45 @@ def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, st
     return metrics, row
 
 
-def check(hub: Path, settings: Settings) -> bool:
-    """Measure every row of hub/results.csv again whose weights and data are at hand; true if all agree."""
-    agree, lines = True, []
+def check(hub: Path, settings: Settings | None) -> bool:
+    """Compare every row of hub/results.csv whose weights are at hand with them, and print the verdicts.
+
+    Args:
+        hub: holds results.csv and the hub folders.
+        settings: where and how to measure again; None compares hashes alone.
+
+    Returns:
+        True if no row differs.
+    """
+    lines = []
     for row in read_results(hub / "results.csv"):
-        verdict, remark = _check_row(row, hub, settings)
-        agree &= verdict != "DIFFERS"
+        verdict, remark = _check_hash(row, hub)
+        if settings and verdict == "agrees":
+            verdict, remark = _check_accuracy(row, hub, settings)
         lines.append((row["model"], row["seed"], row["top1"], verdict, remark))
-    print(
-        markdown_table(("model", "seed", "top-1", "check", ""), lines)
-        if lines
-        else f"{hub / 'results.csv'} has no rows"
-    )
-    return agree
+    if lines:
+        print(markdown_table(("model", "seed", "top-1", "check", ""), lines))
+        counts = Counter(line[3] for line in lines)
+        print(f"{counts['agrees']} agree, {counts['DIFFERS']} differ, {counts['not checked']} not checked")
+    else:
+        print(f"{hub / 'results.csv'} has no rows")
+    return all(line[3] != "DIFFERS" for line in lines)
 
 
-def _check_row(row: Mapping[str, str], hub: Path, settings: Settings) -> tuple[str, str]:
-    folder = hub / row["model"]
-    weights = folder / "model.safetensors"
+def _check_hash(row: Mapping[str, str], hub: Path) -> tuple[str, str]:
+    weights = hub / row["model"] / WEIGHTS_FILE
     if not row["sha256"]:
         return "not checked", "its weights are not published"
     if not weights.is_file():
         return "not checked", f"its weights are not at hand: no {weights}"
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != row["sha256"]:
+    if sha256_of(weights) != row["sha256"]:
         return "DIFFERS", f"{weights} is not the file that was measured: its sha256 is another"
+    return "agrees", f"sha256 {row['sha256']}"
+
+
+def _check_accuracy(row: Mapping[str, str], hub: Path, settings: Settings) -> tuple[str, str]:
     try:
-        metrics, _ = measure(load_subject(str(folder)), settings)
+        metrics, _ = measure(load_subject(str(hub / row["model"])), settings)
     except (FileNotFoundError, ImportError) as error:
         return "not checked", f"its data are not at hand: {error}"
     difference = metrics.top1_percent - float(row["top1"])
@@ -315,6 +333,7 @@ def main(
             metavar="MODEL...", help="hub folder, run folder, hf-hub:org/name, timm name, wildcard, .txt of names"
         ),
     ] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="one more of these")] = None,
     data: Annotated[str | None, typer.Option(help="mnist, cifar10, …, a Hub id, or imagefolder")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="folder with the data set; else GBNZOO_DATA, else the Hub")
@@ -322,7 +341,11 @@ def main(
     split: Annotated[str | None, typer.Option(help="test or validation; by default what the run was scored on")] = None,
     pretrained: Annotated[bool, typer.Option(help="load the weights of a name in timm")] = True,
     checkpoint: Annotated[Path | None, typer.Option(help="safetensors file with weights for a name in timm")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="of a name in timm, where not its own number")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = EVALUATION_BATCH_SIZE,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=1, help="CPU threads; images lie in memory and need no loader")
+    ] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="bring images to this height and width")] = None,
     crop_pct: Annotated[float | None, typer.Option(min=0.01, max=1, help="what the centre crop keeps")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
@@ -335,21 +358,32 @@ def main(
     check_results: Annotated[
         bool, typer.Option("--check", help="measure results.csv again; exit code 1 if it differs")
     ] = False,
-    hub: Annotated[Path, typer.Option(help="holds results.csv and the hub folders, for --check")] = Path("hub"),
+    check_hashes: Annotated[
+        bool, typer.Option("--sha", help="compare weights with the hashes in results.csv; exit code 1 if one differs")
+    ] = False,
+    hub: Annotated[Path, typer.Option(help="holds results.csv and the hub folders, for --check and --sha")] = Path(
+        "hub"
+    ),
 ) -> None:
     """Measure top-1 and top-5 accuracy."""
+    models = [*(models or ()), *(model or ())]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if workers:
+        torch.set_num_threads(workers)
     settings = Settings(data, data_dir, split, batch_size, img_size, crop_pct, device, amp, channels_last)
     with plain_errors():
-        if check_results:
-            raise typer.Exit(0 if check(hub, settings) else 1)
+        if check_results or check_hashes:
+            if models or (data, split, img_size, crop_pct, amp) != (None,) * 5:
+                raise ValueError(
+                    "--check and --sha take every row of results.csv, and measure it as it was recorded; leave out models,"
+                    " --data, --split, --img-size, --crop-pct and --amp"
+                )
+            raise typer.Exit(0 if check(hub, settings if check_results else None) else 1)
         if not models:
             raise ValueError("nothing to measure: name a model, a hub folder or a run, or give --check")
-        rows = [
-            measure(load_subject(name, pretrained=pretrained, checkpoint=checkpoint), settings)[1]
-            for name in expand_names(models)
-        ]
+        options = {"pretrained": pretrained, "checkpoint": checkpoint, "num_classes": num_classes}
+        rows = [measure(load_subject(name, **options), settings)[1] for name in expand_names(models)]
         shown = (
             "model",
             "data",

@@ -1,5 +1,6 @@
 """evaluate.py: its numbers against a run's own and against a slow loop, and what it refuses."""
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -194,6 +195,59 @@ def test_names_come_from_wildcards_and_files(tmp_path):
         evaluate.expand_names(["no_such*"])
 
 
+def test_flags_are_spelled_as_in_timms_validate(hub, data_dir, monkeypatch):
+    """`-m`, `-b`, `-j`; and a folder as timm names it."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    arguments = ("--model", f"local-dir:{hub / NAME}", "-b", "7", "-j", "1", "--data-dir", data_dir)
+    by_flag = run_cli("-m", hub / NAME, *arguments)
+    assert by_flag.exit_code == 0, by_flag.output
+    (line, again) = (line for line in by_flag.output.splitlines() if line.startswith(f"| {NAME} "))
+    assert line == again
+    assert line in run_cli(hub / NAME, "--data-dir", data_dir).output
+    assert threads == [1]
+
+
+def test_a_checkpoint_of_another_number_of_classes(tmp_path, data_dir):
+    model = timm.create_model("test_resnet_gbn", num_classes=6)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    arguments = ("-m", "test_resnet", "--checkpoint", tmp_path / "weights.safetensors", "--data", "shapes")
+    arguments += ("--data-dir", data_dir, "--img-size", 24)
+    result = run_cli(*arguments, "--num-classes", 6)
+    metrics, _ = evaluate.measure(
+        evaluate.Subject("twin", model, {}), evaluate.Settings("shapes", data_dir, img_size=24)
+    )
+    assert f" {metrics.top1_percent:.3f} " in result.output
+    assert "its weights do not fit ResNet (of another shape: fc.bias, fc.weight)" in run_cli(*arguments).output
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: torch.save({"fc.bias": torch.zeros(6)}, path), "a pickle runs whatever code it holds"),
+        (lambda path: path.write_bytes(b"pickle"), "unknown format"),
+        (lambda path: path.write_bytes(b"short"), "no safetensors file"),
+        (lambda path: save_file({"fc.bias": torch.tensor([torch.nan])}, path), "NaN or infinity in 'fc.bias'"),
+    ],
+)
+def test_a_checkpoint_is_looked_at_before_it_is_loaded(make, message, tmp_path, data_dir):
+    suffix = {"a pickle": ".pth", "unknown ": ".data"}.get(message[:8], ".safetensors")
+    make(path := tmp_path / f"weights{suffix}")
+    result = run_cli("test_resnet", "--checkpoint", path, "--data", "shapes", "--data-dir", data_dir)
+    assert (result.exit_code, message in result.output) == (2, True), result.output
+
+
+def test_weights_that_plain_timm_would_load_are_looked_at_too(tmp_path, data_dir):
+    """A twin's name timm's own network, whose entry point is none of ours."""
+    folder = publish(finished_run(tmp_path, model={"name": "test_resnet_gbn"}), tmp_path / "hub")
+    assert measured(folder, data_dir=data_dir)[0].n == 20
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    result = run_cli(folder, "--data-dir", data_dir)
+    assert (result.exit_code, "holds no model.safetensors but pytorch_model.bin" in result.output) == (2, True)
+
+
 def test_weights_from_a_file(tmp_path, data_dir):
     arguments = ("resnet8_thin_gbn", "--data", "shapes", "--data-dir", data_dir, "--checkpoint")
     # As timm's default has it: one channel, ten classes.
@@ -215,6 +269,10 @@ def test_weights_from_a_file(tmp_path, data_dir):
         (("resnet18", "--no-pretrained"), "--data is needed"),
         (("resnet18", "--no-pretrained", "--data", "shapes"), "resnet18 tells 1000 classes apart, shapes has 6"),
         (("{hub}", "--no-pretrained"), "has weights of its own"),
+        (("{hub}", "--num-classes", "6"), "has weights of its own"),
+        (("{hub}", "--check"), "take every row of results.csv"),
+        (("--check", "--data", "shapes"), "take every row of results.csv"),
+        (("--sha", "--amp"), "take every row of results.csv"),
         (("resnet8_thin_gbn", "--checkpoint", "nowhere.safetensors"), "nowhere.safetensors"),
     ],
 )
@@ -285,8 +343,8 @@ def test_check_agrees_with_what_was_published(hub, data_dir, tmp_path):
     record_result(finished_run(tmp_path, seed=1), hub)
     result = check(hub, data_dir)
     assert result.exit_code == 0, result.output
-    assert "agrees" in result.output
     assert "not checked | its weights are not published" in result.output
+    assert result.output.splitlines()[-1] == "1 agree, 0 differ, 1 not checked"
 
 
 @pytest.mark.parametrize(("difference", "exit_code"), [(0.02, 1), (-0.02, 1), (0.009, 0)])
@@ -296,12 +354,24 @@ def test_check_fails_above_a_hundredth_of_a_point(hub, data_dir, difference, exi
     assert (result.exit_code, "DIFFERS" in result.output) == (exit_code, bool(exit_code))
 
 
-def test_check_fails_for_weights_that_were_exchanged(hub, data_dir):
+@pytest.mark.parametrize("flag", ["--check", "--sha"])
+def test_check_fails_for_weights_that_were_exchanged(hub, data_dir, flag):
     weights = load_file(hub / NAME / "model.safetensors")
     save_file({k: v + 1e-7 if k == "bn1.bias" else v for k, v in weights.items()}, hub / NAME / "model.safetensors")
-    result = check(hub, data_dir)
+    result = run_cli(flag, "--hub", hub, "--data-dir", data_dir)
     assert result.exit_code == 1
     assert "its sha256 is another" in result.output
+
+
+def test_hashes_are_compared_without_any_data(hub, tmp_path):
+    edit_top1(hub, 50)  # not its business
+    result = run_cli("--sha", "--hub", hub, "--data-dir", tmp_path / "nowhere")
+    assert result.exit_code == 0, result.output
+    sha256 = hashlib.sha256((hub / NAME / "model.safetensors").read_bytes()).hexdigest()
+    assert f"| agrees | sha256 {sha256} |" in result.output
+    (hub / NAME / "model.safetensors").unlink()
+    result = run_cli("--sha", "--hub", hub)
+    assert (result.exit_code, "0 agree, 0 differ, 1 not checked" in result.output) == (0, True)
 
 
 def test_check_says_what_is_not_at_hand(hub, data_dir, tmp_path):
