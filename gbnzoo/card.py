@@ -56,7 +56,6 @@ RESULT_COLUMNS = (
 CROP_PCT, INTERPOLATION = 1.0, "bicubic"
 """How `gbnzoo.data` brings images to a network's input size, in timm's words."""
 
-STATISTICS = "running averages"
 PAPER = "1705.08741"
 _HUB_ID = re.compile(r"(?:[\w-]+/)?[\w.-]+")  # the Hub's own pattern
 
@@ -202,7 +201,7 @@ def result_row(
         "updates": log_row["update"],
         "samples": log_row["samples"],
         "train_seconds": log_row["train_seconds"],
-        "statistics": STATISTICS,
+        "statistics": recipe.statistics,
         "precision": recipe.precision,
         "recipe": training_arguments(recipe),
         "commit": each("commit"),
@@ -454,7 +453,12 @@ def _metadata(row: Mapping[str, str], recipe: Recipe, dataset: DatasetFacts) -> 
 def _details(config: Mapping[str, Any], row: Mapping[str, str], dataset: DatasetFacts) -> str:
     channels, height, width = config["pretrained_cfg"]["input_size"]
     link = f"[{dataset.title}](https://huggingface.co/datasets/{dataset.hub_id})" if dataset.hub_id else dataset.title
-    norm_batches = "batches" if row["ghost_batch_size"] == row["batch_size"] else "ghosts"
+    batches = "batches" if row["ghost_batch_size"] == row["batch_size"] else "ghosts"
+    statistics_held = {
+        "running averages": f"running averages over the {batches} it trained on",
+        "recalibrated": f"recalibrated: the mean over the {batches} of its first epoch, taken with the final weights"
+        " ([precise BN](https://arxiv.org/abs/2105.07576))",
+    }
     facts = {
         "Model Type": "Image classification",
         "Architecture": f"`{config['architecture']}`",
@@ -462,7 +466,7 @@ def _details(config: Mapping[str, Any], row: Mapping[str, str], dataset: Dataset
         "Image size": f"{height} × {width}, {channels} channel{'s' if channels > 1 else ''}",
         "Classes": f"{config['num_classes']}: {_shortened(config['label_names'])}",
         "Dataset": link,
-        "BatchNorm statistics": f"{row['statistics']} over the {norm_batches} it trained on",
+        "BatchNorm statistics": statistics_held[row["statistics"]],
         "Paper": f"[Train longer, generalize better](https://arxiv.org/abs/{PAPER})",
         "License": "Apache-2.0",
     }

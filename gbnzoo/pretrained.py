@@ -44,11 +44,8 @@ class WeightsNotFoundError(FileNotFoundError):
 
 
 def hub_folder() -> Path:
-    """Where the hub folders of this installation are; GBNZOO_HUB names another place."""
-    package = Path(__file__).parent
-    # Installed, they are the subpackage gbnzoo.hub, less the weights; in a checkout they lie beside the package.
-    default = package / "hub" if (package / "hub").is_dir() else package.parent / "hub"
-    return Path(os.environ.get("GBNZOO_HUB", default))
+    """Where the hub folders of this checkout are; GBNZOO_HUB names another place."""
+    return Path(os.environ.get("GBNZOO_HUB", Path(__file__).parents[1] / "hub"))
 
 
 @functools.cache

@@ -188,6 +188,19 @@ def test_a_card_names_its_data_set_on_the_hub(name, hub_id):
     assert card([row()]).data.datasets is None
 
 
+@pytest.mark.parametrize(
+    ("statistics", "said"),
+    [
+        ("running averages", "running averages over the ghosts it trained on"),
+        ("recalibrated", "recalibrated: the mean over the ghosts of its first epoch, taken with the final weights"),
+    ],
+)
+def test_a_card_says_which_statistics_the_weights_hold(statistics, said):
+    made = row(statistics=statistics)
+    assert made["statistics"] == statistics
+    assert f"- **BatchNorm statistics:** {said}" in card([made], statistics=statistics).text
+
+
 def test_a_card_says_which_split_was_scored_and_when():
     text = card([row() | {"split": "validation"}]).text
     assert "**Top-1 87.50 %**, top-5 95.00 %, on the validation split of shapes (20 images)" in text

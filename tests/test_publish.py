@@ -46,6 +46,17 @@ def test_timm_loads_the_weights_of_the_last_update(tmp_path, hub):
     assert timm.data.resolve_model_data_config(model)["crop_pct"] == 1.0
 
 
+def test_config_json_says_what_timm_and_a_reader_need(tmp_path, hub):
+    config = json.loads((publish(finished_run(tmp_path, statistics="recalibrated"), hub) / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"], config["num_features"]) == ("resnet8_thin_gbn", 6, 32)
+    cfg = config["pretrained_cfg"]
+    assert (cfg["interpolation"], cfg["crop_pct"], cfg["crop_mode"]) == ("bicubic", 1.0, "center")
+    assert (cfg["license"], cfg["paper_ids"], cfg["tag"]) == ("apache-2.0", "arXiv:1705.08741", "shapes_gbn8")
+    assert {"input_size", "mean", "std", "first_conv", "classifier"} <= cfg.keys()
+    assert config["label_names"] == list(CLASS_NAMES)
+    assert config["gbn"]["statistics"] == "recalibrated"
+
+
 def test_a_hub_folder_holds_five_files_and_no_pickle(tmp_path, hub):
     run = finished_run(tmp_path)
     files = contents(publish(run, hub))
