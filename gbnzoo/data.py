@@ -7,6 +7,7 @@ Source: the hash is splitmix64 (Steele, Lea and Flood 2014).
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -255,25 +256,42 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
     # The place where `datasets` keeps its own, found without importing it, which takes a second.
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets") / "gbnzoo"
     cached = cache / f"{name.replace('/', '--')}-{split}-{key}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError), safe_open(cached, "pt") as file:
-        _check_memory(cached.stat().st_size, where)
-        return file.get_tensor("images"), file.get_tensor("labels"), tuple(json.loads(file.metadata()["class_names"]))
+    with contextlib.nullcontext() if cached.exists() else _one_at_a_time(cache):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(cached, "pt") as file:
+            _check_memory(cached.stat().st_size, where)
+            class_names = tuple(json.loads(file.metadata()["class_names"]))
+            return file.get_tensor("images"), file.get_tensor("labels"), class_names
 
-    with tempfile.TemporaryDirectory(prefix="gbnzoo-", ignore_cleanup_errors=True) as scratch:
-        if folder:
-            # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
-            kind = "imagefolder" if name == "imagefolder" else "parquet"
-            tables = _load_tables(name, kind, data_dir=str(folder), cache_dir=scratch, cure="the files may be broken")
-        _check_split(name, split, tables)
-        labels, class_names = _labels(tables[split], spec, where)
-        images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
-    with contextlib.suppress(OSError, SafetensorError):  # where nothing can be kept, the next run decodes again
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            whole = Path(aside) / cached.name
-            save_file({"images": images, "labels": labels}, whole, {"class_names": json.dumps(class_names)})
-            whole.replace(cached)
+        with tempfile.TemporaryDirectory(prefix="gbnzoo-", ignore_cleanup_errors=True) as scratch:
+            if folder:
+                # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
+                kind, cure = "imagefolder" if name == "imagefolder" else "parquet", "the files may be broken"
+                tables = _load_tables(name, kind, data_dir=str(folder), cache_dir=scratch, cure=cure)
+            _check_split(name, split, tables)
+            labels, class_names = _labels(tables[split], spec, where)
+            images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
+        with contextlib.suppress(OSError, SafetensorError):  # where nothing can be kept, the next run decodes again
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as aside:
+                whole = Path(aside) / cached.name
+                save_file({"images": images, "labels": labels}, whole, {"class_names": json.dumps(class_names)})
+                whole.replace(cached)
     return images, labels, class_names
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until other processes have left the folder; where it cannot be made or locked, do not wait.
+
+    So the first process of a run decodes, and the others find its copy.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)  # which unlocks, as a kill does
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:

@@ -1,6 +1,7 @@
 """A run is the same on any layout: processes, accumulation, micro-batches, ghosts over processes."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_together
 
+from gbnzoo import data
 from gbnzoo.data import Augment, GlobalBatches
 from gbnzoo.launch import connect
 from gbnzoo.metrics import evaluate
@@ -245,6 +247,21 @@ def test_evaluation_counts_every_sample_once_whatever_the_remainder():
     for scores in three:
         assert (scores.n, scores.top1_percent, scores.top5_percent) == (alone.n, alone.top1_percent, alone.top5_percent)
         assert scores.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def count_decoded(folder):
+    joined()
+    decode, decoded = data._decode, []
+    data._decode = lambda *arguments: decoded.append(time.sleep(0.2)) or decode(*arguments)
+    dist.barrier()
+    images = data.load_images("cifar10", "train", data_dir=folder).images
+    return len(decoded), images.sum().item()
+
+
+def test_one_process_decodes_the_images_for_all(image_parquet):
+    decoded, sums = zip(*run_together(3, count_decoded, image_parquet("cifar10")), strict=True)
+    assert sum(decoded) == 1
+    assert len(set(sums)) == 1
 
 
 def sent_in_one_update(out):
