@@ -1,0 +1,94 @@
+"""Images ready for training per second: keyed batched augmentation against torchvision's transforms and a DataLoader.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.input --data-dir data
+
+Each contender crops (4 pixels of padding), flips, scales and normalises CIFAR-10's training images into float32 batches.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from benchmarks.timing import interleave, rate, ratio, setting
+from gbnzoo.data import Augment, ImageSet, load_images
+
+BATCH_SIZE = 512
+
+
+class _AsOthers(Dataset):
+    """The images of a set through torchvision's transforms, one by one, as training scripts have it."""
+
+    def __init__(self, images: ImageSet):
+        self.images = [Image.fromarray(image) for image in images.images[: 8 * BATCH_SIZE].numpy()]
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(32, padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(images.mean, images.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(self.images[index])
+
+
+def main(
+    data_dir: Annotated[Path | None, typer.Option(help="folder with CIFAR-10; else GBNZOO_DATA, else the Hub")] = None,
+    rounds: int = 15,
+) -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["HF_DATASETS_CACHE"] = cache
+        first, cached = (_seconds_to_load(data_dir) for _ in range(2))
+    images = load_images("cifar10", "train", data_dir=data_dir)
+    augment = Augment(images, "pad4_crop_flip", seed=0, dtype=torch.float32)
+    others = _AsOthers(images)
+    indices = torch.randperm(len(images))[:BATCH_SIZE]
+    epochs = torch.zeros_like(indices)
+
+    times = interleave(
+        {
+            "gbnzoo": lambda: augment(indices, epochs),
+            "torchvision": lambda: torch.stack([others[i] for i in range(BATCH_SIZE)]),
+        },
+        rounds,
+    )
+    print(f"{setting()}\n\n| input | images/s of one core | time over gbnzoo's |\n|---|---|---|")
+    for name in times:
+        print(f"| {name} | {rate(times[name], BATCH_SIZE)} | {ratio(times, name, 'gbnzoo')} |")
+    print(f"| torchvision in a DataLoader, 2 workers | {_dataloader_rate(others):,.0f} in wall time | |")
+    print(f"\nCIFAR-10 from parquet to tensors: {first:.1f} s of CPU time, from the cached copy {cached:.3f} s")
+
+
+def _seconds_to_load(data_dir: Path | None) -> float:
+    began = time.process_time()
+    for split in ("train", "test"):
+        load_images("cifar10", split, data_dir=data_dir)
+    return time.process_time() - began
+
+
+def _dataloader_rate(images: Dataset) -> float:
+    """Images per second after the workers have started."""
+    loader = DataLoader(images, BATCH_SIZE, num_workers=2, persistent_workers=True)
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        count = sum(len(batch) for batch in loader)
+        rates.append(count / (time.perf_counter() - began))
+    return max(rates)
+
+
+if __name__ == "__main__":
+    typer.run(main)
