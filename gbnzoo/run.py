@@ -9,6 +9,7 @@ import csv
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from gbnzoo.recipe import Recipe, load_recipe
@@ -142,18 +144,22 @@ class Run:
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it is on the disk before this returns."""
+        """Append one row; it is on the disk before this returns.
+
+        Raises:
+            RunError: if it cannot be written, as of everything here that writes.
+        """
         path = self.folder / "log.csv"
         if not path.exists():
-            _write(path, _as_csv([]))
-        with open(path, "ab") as file:
+            self._write(path, _as_csv([]))
+        with self._naming_failure(path), open(path, "ab") as file:
             file.write(_as_csv([row]).split(b"\n", 1)[1])
             file.flush()
             os.fsync(file.fileno())
 
     def rewind_log(self, update: int) -> None:
         """Drop the rows after `update`: the run goes on from there and will write them again."""
-        _write(self.folder / "log.csv", _as_csv([row for row in self.rows() if int(row["update"]) <= update]))
+        self._write(self.folder / "log.csv", _as_csv([row for row in self.rows() if int(row["update"]) <= update]))
 
     def finished(self) -> tuple[Checkpoint, dict[str, str]]:
         """The last checkpoint and the log's row for it.
@@ -171,7 +177,7 @@ class Run:
 
     def record_environment(self, environment: Mapping[str, Any]) -> None:
         """Add one entry to env.json, a list with one entry for each start of the run."""
-        _write(self.folder / "env.json", json.dumps([*self.environments(), environment], indent=1).encode())
+        self._write(self.folder / "env.json", json.dumps([*self.environments(), environment], indent=1).encode())
 
     def environments(self) -> list[dict[str, Any]]:
         path = self.folder / "env.json"
@@ -181,10 +187,28 @@ class Run:
 
     def save_initial(self, model: Mapping[str, torch.Tensor]) -> None:
         """Keep the weights before the first update, from which distances are measured."""
-        _write(self.folder / "checkpoints" / "initial.safetensors", _pack(Checkpoint(0, 0, dict(model))))
+        self._write(self._initial, _pack(Checkpoint(0, 0, dict(model))))
 
     def initial_weights(self) -> dict[str, torch.Tensor]:
-        return _unpack((self.folder / "checkpoints" / "initial.safetensors").read_bytes()).model
+        """The weights before the first update.
+
+        Raises:
+            RunError: if their file is damaged.
+        """
+        try:
+            return _unpack(self._initial.read_bytes()).model
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{self._initial} is damaged ({error}); without it, --resume makes it again from the seed"
+            ) from error
+
+    @property
+    def has_initial(self) -> bool:
+        return self._initial.exists()
+
+    @property
+    def _initial(self) -> Path:
+        return self.folder / "checkpoints" / "initial.safetensors"
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint whole or not at all, and drop all but the last two.
@@ -195,29 +219,38 @@ class Run:
         content = _pack(checkpoint)
         digest = hashlib.sha256(content).hexdigest()[:16]
         path = self.folder / "checkpoints" / f"update{checkpoint.update:09d}.{digest}.safetensors"
-        try:
-            _write(path, content)
-        except OSError as error:
-            last = next((p.name for p in self._checkpoint_files()), "none")
-            raise RunError(
-                f"cannot write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror}; last good checkpoint: {last}."
-                " Make room and go on with --resume"
-            ) from error
-        for stale in self._checkpoint_files()[_KEEP:]:
+        self._write(path, content)
+        files = self._checkpoint_files()
+        at = files.index(path)
+        # What is newer was damaged and passed over.
+        for stale in files[:at] + files[at + _KEEP :]:
             stale.unlink()
         return path
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint whose bytes are what was written; a damaged one is passed over with a warning."""
-        for path in self._checkpoint_files():
+        for path, before in itertools.pairwise([*self._checkpoint_files(), None]):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == _CHECKPOINT_NAME.fullmatch(path.name)[2]:
                 return _unpack(content)
-            warnings.warn(
-                f"{path} is damaged (its bytes do not match the hash in its name); using the one before it",
-                stacklevel=2,
-            )
+            instead = f"using {before.name}" if before else "there is no other: the run begins again"
+            warnings.warn(f"{path} is damaged (its bytes do not match the hash in its name); {instead}", stacklevel=2)
         return None
+
+    def _write(self, path: Path, content: bytes) -> None:
+        with self._naming_failure(path):
+            _write(path, content)
+
+    @contextlib.contextmanager
+    def _naming_failure(self, path: Path) -> Iterator[None]:
+        """A full disk, say: torch and Python name neither the file nor what is left."""
+        try:
+            yield
+        except OSError as error:
+            last = next((p.name for p in self._checkpoint_files()), "none")
+            raise RunError(
+                f"cannot write {path}: {error.strerror}; last good checkpoint: {last}. Make room and go on with --resume"
+            ) from error
 
     def _checkpoint_files(self) -> list[Path]:
         """Newest first."""

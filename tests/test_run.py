@@ -64,27 +64,61 @@ def test_the_last_two_checkpoints_are_kept(run):
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_checkpoint_is_passed_over_loudly(run, damage):
     run.save_checkpoint(checkpoint(1))
-    newest = run.save_checkpoint(checkpoint(2))
+    newest = run.save_checkpoint(checkpoint(3))
     content = bytearray(newest.read_bytes())
     if damage == "truncate":
         del content[-100:]
     else:
         content[-5] ^= 1
     newest.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"update000000002.* is damaged"):
+    with pytest.warns(UserWarning, match=r"update000000003.* is damaged .*; using update000000001"):
         assert run.latest_checkpoint().update == 1
+    # Gone on from there, it takes no place among the last two.
+    run.save_checkpoint(checkpoint(2))
+    assert not newest.exists()
+    assert run.latest_checkpoint().update == 2
+    assert len(list((run.folder / "checkpoints").iterdir())) == 2
 
 
-def test_a_full_disk_is_named_and_loses_nothing(run, monkeypatch):
+def test_where_all_checkpoints_are_damaged_the_run_begins_again_loudly(run):
+    run.save_checkpoint(checkpoint(1)).write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged .*; there is no other: the run begins again"):
+        assert run.latest_checkpoint() is None
+
+
+def test_damaged_initial_weights_are_named_with_the_cure(run):
+    run.save_initial({"w": torch.ones(3)})
+    path = run.folder / "checkpoints" / "initial.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"initial\.safetensors is damaged .*--resume makes it again from the seed"):
+        run.initial_weights()
+
+
+@pytest.mark.parametrize(
+    ("write", "file"),
+    [
+        (lambda run: run.save_checkpoint(checkpoint(2)), r"update000000002\S+"),
+        (lambda run: run.log(row(2)), r"log\.csv"),
+        (lambda run: run.rewind_log(0), r"log\.csv"),
+        (lambda run: run.record_environment({}), r"env\.json"),
+    ],
+    ids=["checkpoint", "log", "log rewound", "environment"],
+)
+def test_a_full_disk_is_named_and_loses_nothing(run, monkeypatch, write, file):
+    run.log(row(1))
     run.save_checkpoint(checkpoint(1))
 
     def no_space(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(RunError, match=r"No space left on device; last good checkpoint: update000000001.* --resume"):
-        run.save_checkpoint(checkpoint(2))
+    with pytest.raises(
+        RunError,
+        match=rf"cannot write \S+{file}: No space left on device; last good checkpoint: update000000001.*--resume",
+    ):
+        write(run)
     assert run.latest_checkpoint().update == 1
+    assert run.rows()[0]["update"] == "1"
     assert [path.name[:15] for path in (run.folder / "checkpoints").iterdir()] == ["update000000001"]
 
 
