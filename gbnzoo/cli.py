@@ -119,6 +119,14 @@ def publish_command(
     Without a folder, cards and index are generated again from results.csv.
     """
     with plain_errors():
+        if (private or revision_tag) and not to:
+            raise ValueError("--private and --revision-tag are of an upload; wanted --to ORG too")
+        if (to or dry_run or only_result) and not folder:
+            raise ValueError("wanted a folder for --to, --dry-run or --only-result")
+        if (to or dry_run) and only_result:
+            raise ValueError(
+                "--only-result writes a run's row of results.csv, and uploads nothing; wanted one of the two"
+            )
         if folder is None:
             refresh(hub)
             print(hub / "README.md")

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from timm.models import PretrainedCfg
 from torch import nn
 
-from gbnzoo.weights import ORGANIZATION, WEIGHTS_FILE, check_weights, find_weights, refuse_pickles
+from gbnzoo.weights import ORGANIZATION, WEIGHTS_FILE, WeightsError, check_weights, find_weights, refuse_pickles
 
 HTTPError = HfHubHTTPError.__bases__[0]
 """The HTTP client's own, by whichever name this huggingface_hub has it."""
@@ -158,7 +158,15 @@ def open_source(source: str, *, cache_dir: str | Path | None = None, sha256: str
         sha256 = sha256 or config.get("gbn", {}).get("sha256")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{source}: its config.json is not what timm writes: {error}") from None
-    check_weights(find_weights(folder), sha256)
+    weights = find_weights(folder)
+    try:
+        check_weights(weights, sha256)
+    except WeightsError as error:
+        if kind != "hf-hub":
+            raise
+        raise WeightsError(
+            f"{error}. If the copy was damaged: it is fetched again once {weights.resolve()} is gone"
+        ) from None
     return folder
 
 

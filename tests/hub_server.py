@@ -22,12 +22,13 @@ LARGE_BYTES = 100_000
 
 
 class Request(NamedTuple):
-    """One line of the log; `status` is 0 where the connection was cut."""
+    """One line of the log; `status` is 0 where the connection was cut, `seconds` those of a clock."""
 
     method: str
     path: str
     status: int
     range: str | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         is_cut = self.cut_after is not None
         # Before the answer: who has it may look at the log.
-        self.hub.log.append(Request(self.command, self.path, 0 if is_cut else status, self.headers.get("Range")))
+        status_heard, asked_range = 0 if is_cut else status, self.headers.get("Range")
+        self.hub.log.append(Request(self.command, self.path, status_heard, asked_range, time.monotonic()))
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)

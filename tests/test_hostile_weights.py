@@ -1,5 +1,6 @@
 """Files of weights that somebody damaged or forged: each is a clear error, none a crash, none is loaded."""
 
+import ast
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ import random
 import struct
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import timm
@@ -303,6 +305,24 @@ def test_config_cannot_point_to_other_weights(hostile, folder):
     finally:
         (folder / "config.json").write_text(text)
     assert torch.equal(model.conv1.weight, random_weights(small_recipe())["conv1.weight"])
+
+
+def test_nothing_of_ours_opens_a_pickle_or_runs_code_of_a_repo():
+    root = Path(weights.__file__).parents[1]
+    files = [*(root / "gbnzoo").rglob("*.py"), *(root / "hub").rglob("*.py"), root / "evaluate.py"]
+    names = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            used = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.Attribute):
+                used.append(ast.unparse(node))
+            if isinstance(node, ast.keyword) and node.arg:
+                used.append(node.arg)
+            names |= dict.fromkeys(used, file.name)
+    assert "load_file" in names  # the walk sees imports
+    assert "pretrained" in names  # and keywords
+    forbidden = {"pickle", "dill", "cloudpickle", "joblib", "torch.load", "trust_remote_code", "allow_pickle"}
+    assert {name: names[name] for name in forbidden & names.keys()} == {}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"gbn": 1}', "null"])

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
+import signal
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
+import torch
 from hub_server import READER, WRITER, HubServer
 from hub_worker import Worker
 from safetensors.torch import save
-from small_run import finished_run, random_weights, small_recipe
+from small_run import CLASS_NAMES, finished_run, random_weights, small_recipe
 
 from gbnzoo.publish import publish
+from gbnzoo.recipe import load_recipe
 from gbnzoo.weights import WEIGHTS_FILE
 
 NAME = "resnet8_thin_gbn.shapes_gbn8"
@@ -98,6 +105,13 @@ def weights_tag(folder):
     return hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:12]
 
 
+def until(holds, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def published_to(publisher, folder, *options, **environment):
     reply = publisher(PUBLISH, environment, arguments=[str(folder), "--to", "gbnzoo", *options])
     assert reply.error is None, reply
@@ -171,8 +185,42 @@ def test_an_answer_lost_on_its_way_makes_no_second_commit(hub, publisher, folder
     assert (hub.head(REPO), hub.repos[REPO].tags) == (head, {weights_tag(folder): head})
 
 
+def test_a_publisher_killed_midway_leaves_nothing_half_done(hub, publisher, folder, tmp_path):
+    """By SIGKILL: once while it sends the weights, once after its commit, of which it never hears."""
+    code = f"""
+import os
+child = os.fork()
+if not child:
+    with open(pid_file, "w") as file:
+        print(os.getpid(), file=file)
+    try:
+        exec({PUBLISH!r})
+    finally:
+        os._exit(0)
+_, status = os.waitpid(child, 0)
+result = os.waitstatus_to_exitcode(status)
+"""
+    pid_file = tmp_path / "pid"
+    arguments = {"pid_file": str(pid_file), "arguments": [str(folder), "--to", "gbnzoo"]}
+
+    def kill():
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+    hub.order("PUT", "/store/", before=kill, status=503)
+    assert publisher(code, **arguments).result == -signal.SIGKILL
+    assert (hub.content(REPO), hub.objects, hub.repos[REPO].tags) == ({}, {}, {})
+    hub.order("POST", "/commit/", before=kill)
+    assert publisher(code, **arguments).result == -signal.SIGKILL
+    until(lambda: len(hub.repos[REPO].commits) == 2)  # the Hub finishes what it was asked
+    head = hub.head(REPO)
+    assert (hub.content(REPO), hub.repos[REPO].tags) == (contents(folder), {})
+    assert "nothing had changed" in published_to(publisher, folder).said
+    assert hub.repos[REPO].tags == {weights_tag(folder): head}
+    assert len(hub.repos[REPO].commits) == 2
+
+
 def test_a_busy_or_failing_hub_is_asked_again(hub, publisher, folder):
-    hub.order("POST", "/api/repos/create", status=429, headers={"Retry-After": "1"})
+    hub.order("POST", "/api/repos/create", status=429, headers={"Retry-After": "3"})
     hub.order("PUT", "/store/", status=500)
     hub.order("POST", "/commit/", status=500)
     hub.order("POST", "/tag/", status=503)
@@ -181,6 +229,9 @@ def test_a_busy_or_failing_hub_is_asked_again(hub, publisher, folder):
     assert [r.status for r in asked(hub, "PUT", "")] == [500, 200]
     assert [r.status for r in asked(hub, "POST", "/commit/")] == [500, 200]
     assert len(hub.repos[REPO].commits) == 2
+    busy, served = asked(hub, "POST", "/api/repos/create")
+    assert (busy.status, served.status) == (429, 200)
+    assert served.seconds - busy.seconds >= 3  # as Retry-After says; without one it would be a second
 
 
 def test_of_two_publishers_the_second_is_told_and_nothing_is_lost(hub, publisher, consumer, folders):
@@ -210,6 +261,25 @@ def test_of_two_publishers_the_second_is_told_and_nothing_is_lost(hub, publisher
     assert {weights_tag(folders["seed 0"]): before, weights_tag(folders["seed 1"]): theirs} == hub.repos[REPO].tags
 
 
+def test_two_publishers_at_once_leave_one_of_the_two_whole(hub, publisher, consumer, folders):
+    """However their requests interleave."""
+    writer = {"HF_TOKEN": WRITER}
+    with ThreadPoolExecutor() as threads:
+        both = {
+            seed: threads.submit(published_to, worker, folders[seed], **writer)
+            for seed, worker in (("seed 0", publisher), ("seed 1", consumer))
+        }
+    replies = {seed: future.result() for seed, future in both.items()}
+    consumer("result = None", {"HF_TOKEN": None})
+    published = [seed for seed, reply in replies.items() if reply.result == 0]
+    for seed in replies.keys() - published:
+        assert "somebody else published meanwhile" in replies[seed].said
+    assert hub.content(REPO) in [contents(folders[seed]) for seed in published]
+    assert hub.repos[REPO].tags.keys() == {weights_tag(folders[seed]) for seed in published}
+    for seed in published:
+        assert hub.content(REPO, weights_tag(folders[seed])) == contents(folders[seed])
+
+
 def test_a_tag_is_not_moved(hub, publisher, folders):
     published_to(publisher, folders["seed 0"], "--revision-tag", "v1")
     head = hub.head(REPO)
@@ -234,8 +304,13 @@ def test_a_private_repo_is_read_with_a_token_only(hub, publisher, consumer, fold
     assert "no such repo, or none that you may read" in without.message
     assert "a token that may read a private repo (`hf auth login` or HF_TOKEN)" in without.message
     assert 401 in {r.status for r in hub.log}
-    within = consumer(LOAD, {"HF_TOKEN": READER}, name=NAME, cache=str(tmp_path / "cache"))
-    assert within.result == hashes(), within
+    by_id = consumer(LOAD, name=f"hf-hub:{REPO}", cache=str(tmp_path / "cache"))
+    assert by_id.error == "RepositoryNotFoundError"  # timm asks first, and huggingface_hub answers
+    assert "make sure you are authenticated" in by_id.message
+    for name in (NAME, f"hf-hub:{REPO}"):
+        within = consumer(LOAD, {"HF_TOKEN": READER}, name=name, cache=str(tmp_path / f"cache of {len(name)}"))
+        assert within.result == hashes(), within
+    consumer("result = None", {"HF_TOKEN": None})
 
     public = published_to(publisher, folder)
     assert "nothing had changed" in public.said
@@ -266,6 +341,39 @@ def test_a_token_that_the_server_repeats_is_not_printed(hub, publisher, consumer
     said += reply.message + reply.said + publisher.errors.read_text() + consumer.errors.read_text()
     assert not {WRITER, READER} & set(said.split())
     assert "hf_" not in said.replace("hf_hub", "")
+
+
+def test_the_token_is_in_no_file_and_no_log(hub, tmp_path):
+    """From training to loading from a private repo, with huggingface_hub's own log of every request."""
+    recipe = load_recipe(
+        "recipes/digits/resnet8_thin_gbn.yaml", ["base.epochs=1", "base.milestones=[]", "evaluations=1"], rung="lb"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    commands = (
+        ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "runs")],
+        ["publish", str(tmp_path / "runs" / recipe.run_name), "--hub", str(tmp_path / "hub")],
+        ["publish", str(tmp_path / "hub" / recipe.name), "--to", "gbnzoo", "--private"],
+    )
+    code = f"""
+from typer.testing import CliRunner
+from gbnzoo.cli import app
+for arguments in commands:
+    done = CliRunner().invoke(app, arguments)
+    print(done.output)
+    assert done.exit_code == 0, done.output
+{LOAD}
+"""
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "HF_DEBUG": "1"}
+    with Worker(tmp_path / "worker", **environment) as worker:
+        name = f"hf-hub:gbnzoo/{recipe.name}"
+        reply = worker(code, commands=commands, name=name, cache=str(tmp_path / "cache"))
+    assert reply.error is None, reply
+    said = reply.said + worker.errors.read_text()
+    assert "authorization: <TOKEN>" in said  # it was used, and the log was on
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"env.json", "log.csv", "README.md", "config.json", "results.csv"} <= {path.name for path in written}
+    assert [path for path, content in written.items() if WRITER.encode() in content] == []
+    assert WRITER not in said
 
 
 def test_a_dry_run_lists_files_sizes_and_hashes_and_asks_nobody(hub, publisher, folder):
@@ -378,25 +486,41 @@ def test_bytes_that_were_exchanged_on_the_way_are_not_loaded(hub, consumer, fold
 def test_a_busy_or_failing_hub_is_waited_for(hub, consumer, folder, tmp_path):
     hub.put(REPO, contents(folder))
     hub.order("HEAD", "config.json", status=500, times=2)  # the client's first try does not wait
-    hub.order("GET", "/store/", status=429, headers={"Retry-After": "1"})
+    hub.order("GET", "/store/", status=429, headers={"Retry-After": "3"})
     hub.order("GET", "/store/", status=500)
     assert consumer(LOAD, name=NAME, cache=str(tmp_path)).result == hashes()
-    assert [r.status for r in asked(hub, "GET", "/store/")] == [429, 500, 200]
+    busy, failing, served = asked(hub, "GET", "/store/")
+    assert (busy.status, failing.status, served.status) == (429, 500, 200)
+    assert failing.seconds - busy.seconds >= 3
 
 
-def test_a_download_that_was_cut_goes_on_where_it_stopped(hub, consumer, tmp_path):
+def test_a_download_that_was_cut_goes_on_where_it_stopped_and_its_hash_is_verified(hub, consumer, tmp_path):
     # Larger than the ten MiB that the client takes at once.
     args = {"width": 1700, "depth": 2}
     model = timm.create_model("mlp5_gbn", num_classes=6, in_chans=3, img_size=8, **args)
     run = finished_run(tmp_path, weights=model.state_dict(), model={"name": "mlp5_gbn", "args": args})
     files = contents(publish(run, tmp_path / "hub"))
     hub.put("gbnzoo/mlp5_gbn.shapes_gbn8", files)
+    wanted = {key: hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in model.state_dict().items()}
+    in_two_parts = [(0, None), (206, f"bytes={10 * 2**20}-")]
     hub.order("GET", "/store/", cut_after=11_000_000)
-    reply = consumer(LOAD, name="mlp5_gbn.shapes_gbn8", cache=str(tmp_path / "cache"))
-    assert reply.result == {
-        key: hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in model.state_dict().items()
-    }
-    assert [(r.status, r.range) for r in asked(hub, "GET", "/store/")] == [(0, None), (206, f"bytes={10 * 2**20}-")]
+    load = {"name": "mlp5_gbn.shapes_gbn8", "cache": str(tmp_path / "cache")}
+    assert consumer(LOAD, **load).result == wanted
+    assert [(r.status, r.range) for r in asked(hub, "GET", "/store/")] == in_two_parts
+
+    # Again, and the second part is not that of the first: of the same length, finite, and in no header.
+    (sha256,) = hub.objects
+    right, load["cache"] = hub.objects[sha256], str(tmp_path / "damaged")
+    hub.log.clear()
+    hub.order("GET", "/store/", cut_after=11_000_000)
+    hub.order("GET", "/store/", before=lambda: hub.objects.update({sha256: right[:-4] + bytes(4)}))
+    reply = consumer(LOAD, **load)
+    assert [(r.status, r.range) for r in asked(hub, "GET", "/store/")] == in_two_parts
+    assert reply.error == "WeightsError"
+    assert f"wanted {sha256}; these are not the weights that were published" in reply.message
+    hub.objects[sha256] = right
+    (damaged,) = re.findall(r"it is fetched again once (\S+) is gone", reply.message)
+    assert consumer("import os; os.remove(path)\n" + LOAD, path=damaged, **load).result == wanted
 
 
 @pytest.mark.slow
@@ -416,7 +540,6 @@ def test_without_a_connection_the_cache_serves_and_else_the_error_says_what_woul
     assert (reply.result, "What would help: publishing again" in reply.said) == (2, True)
 
 
-@pytest.mark.slow
 def test_xet_carries_the_weights_both_ways(hub, folder, tmp_path):
     """Chunked and deduplicated by hf_xet, into a store that is a folder."""
     hf_xet = pytest.importorskip("hf_xet", reason="needs hf_xet")
@@ -433,30 +556,58 @@ def test_xet_carries_the_weights_both_ways(hub, folder, tmp_path):
     assert not asked(hub, "GET", "/store/")
 
 
-def test_offline_and_without_gbnzoo(hub, consumer, folders, tmp_path):
-    """One process without network: plain timm, then gbnzoo."""
-    hub.put(REPO, contents(folders["seed 0"]))
+def test_a_twins_name_loads_from_the_hub(hub, consumer, folders, tmp_path):
     hub.put(f"gbnzoo/{TWIN}", contents(folders["twin"]))
+    wanted = hashes(model={"name": "test_resnet_gbn"})
+    for name in (TWIN, f"hf-hub:gbnzoo/{TWIN}"):
+        assert consumer(LOAD, name=name, cache=str(tmp_path / "cache")).result == wanted
+
+
+PLAIN = """
+import importlib.util, sys
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "gbnzoo":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Nowhere())
+import torch, timm
+result = []
+for source in sources:
+    model = timm.create_model(source, pretrained=True, cache_dir=cache).eval()
+    logits = model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32))
+    result.append([type(model).__module__, model.pretrained_cfg["label_names"], logits.tolist()])
+try:
+    import gbnzoo.models
+except ModuleNotFoundError:
+    result.append("no gbnzoo")
+"""
+
+
+def test_a_twins_weights_load_where_there_is_no_gbnzoo(hub, folders, tmp_path):
+    """In a process that cannot import it, from the Hub and from a folder, by timm alone."""
+    hub.put(f"gbnzoo/{TWIN}", contents(folders["twin"]))
+    sources = [f"hf-hub:gbnzoo/{TWIN}", f"local-dir:{folders['twin']}"]
+    twin = timm.create_model("test_resnet_gbn", num_classes=6, in_chans=3)
+    twin.load_state_dict(random_weights(small_recipe(model={"name": "test_resnet_gbn"})))
+    logits = twin.eval()(torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32))
+    with Worker(tmp_path / "plain", HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1") as worker:
+        reply = worker(PLAIN, sources=sources, cache=str(tmp_path / "cache"))
+    assert reply.error is None, reply
+    *loaded, last = reply.result
+    assert last == "no gbnzoo"
+    for module, label_names, found in loaded:
+        assert (module, label_names) == ("timm.models.resnet", list(CLASS_NAMES))
+        torch.testing.assert_close(torch.tensor(found), logits)
+    assert not [request for request in hub.log if "pytorch_model" in request.path]
+
+
+def test_offline_the_cache_serves_and_else_the_error_says_what_would_work(hub, consumer, folders, tmp_path):
+    hub.put(REPO, contents(folders["seed 0"]))
     cache = str(tmp_path / "cache")
-    for name in (NAME, f"hf-hub:gbnzoo/{TWIN}"):
-        assert consumer(LOAD, name=name, cache=cache).error is None
+    assert consumer(LOAD, name=NAME, cache=cache).error is None
     hub.log.clear()
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": hub.url, "GBNZOO_HUB": str(tmp_path)}
     with Worker(tmp_path / "offline", **offline) as worker:
-        plain = """
-import hashlib, sys
-sys.modules["gbnzoo"] = None  # makes an import of it fail
-import timm
-for source in sources:
-    model = timm.create_model(source, pretrained=True, cache_dir=cache)
-    assert type(model).__module__ == "timm.models.resnet"
-    result = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
-    assert result == wanted
-del sys.modules["gbnzoo"]
-"""
-        wanted = hashes(model={"name": "test_resnet_gbn"})
-        sources = [f"hf-hub:gbnzoo/{TWIN}", f"local-dir:{folders['twin']}"]
-        assert worker(plain, sources=sources, cache=cache, wanted=wanted).error is None
         assert worker(LOAD, name=NAME, cache=cache).result == hashes()
         assert worker(LOAD, name=f"hf-hub:{REPO}", cache=cache).result == hashes()
 

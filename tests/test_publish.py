@@ -12,10 +12,13 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from small_run import CLASS_NAMES, MEAN, STD, finished_run, random_weights, small_recipe
+from typer.testing import CliRunner
 
 from gbnzoo.card import read_results
+from gbnzoo.cli import app
 from gbnzoo.publish import load_run, load_weights, publish, record_result, refresh
 from gbnzoo.run import Run, RunError
+from gbnzoo.upload import hub_files
 
 NAME = "resnet8_thin_gbn.shapes_gbn8"
 INDEX = ("README.md", "index.html", "results.csv")
@@ -167,6 +170,45 @@ def test_cards_and_index_are_generated_again(tmp_path, hub):
         file.write_text("typed by hand")
     refresh(hub)
     assert [file.read_text() for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run"], "wanted a folder for"),
+        (["--to", "gbnzoo"], "wanted a folder for"),
+        (["nowhere", "--private"], "are of an upload; wanted --to ORG too"),
+        (["nowhere", "--revision-tag", "v1"], "are of an upload; wanted --to ORG too"),
+        (["nowhere", "--to", "gbnzoo", "--only-result"], "wanted one of the two"),
+        (["nowhere", "--to", "gbnzoo"], "nowhere: is no hub folder, it holds nothing"),
+        (["nowhere", "--dry-run"], "nowhere: is no hub folder, it holds nothing"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["publish", *arguments])
+    assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "pytorch_model.bin").touch(), "is no hub folder, it holds README.md, config.json"),
+        (lambda f: (f / "log.csv").unlink(), "is no hub folder"),
+        (lambda f: ((f / "log.csv").unlink(), (f / "log.csv").symlink_to("/etc/passwd")), "log.csv is a link"),
+        (lambda f: ((f / "log.csv").unlink(), (f / "log.csv").mkdir()), "log.csv is a link or a folder"),
+        (lambda f: f.rename(f.with_name("other")), f"holds {NAME}, whose folder must have that name"),
+        (lambda f: (f / "README.md").write_text("---\n---\n"), "would be refused by the Hub"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file"),
+    ],
+)
+def test_a_folder_that_is_not_as_publish_made_it_is_not_uploaded(damage, message, tmp_path, hub):
+    folder = publish(finished_run(tmp_path), hub)
+    damage(folder)
+    (folder,) = (path for path in hub.iterdir() if path.is_dir())
+    with pytest.raises(ValueError, match=message):
+        hub_files(folder)
 
 
 def test_a_hub_folder_is_no_run(tmp_path, hub):
