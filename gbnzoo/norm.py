@@ -28,11 +28,18 @@ from gbnzoo.spanning import spanning_batch_norm
 
 
 def ghost_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_rows: int, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ghost_rows: int,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each ghost, `ghost_rows` consecutive rows of x, by its own mean and biased variance.
 
     The last ghost also takes the remainder, so none is smaller than ghost_rows unless x is. Statistics are float32 or wider.
+    What follows, the addition of a residual and a ReLU, costs next to nothing where there is a kernel, see gbnzoo.kernels.
 
     Args:
         x: [N, C] or [N, C, ...], N > 0, in any memory format.
@@ -40,6 +47,8 @@ def ghost_batch_norm(
         bias: shift [C], or None for 0.
         ghost_rows: rows of dim 0 in a ghost, at least 1.
         eps: added to the variance.
+        residual: added to what is normalised, as x; None for none.
+        relu: whether a ReLU then follows.
 
     Returns:
         y: as x in shape, dtype and memory format.
@@ -55,16 +64,25 @@ def ghost_batch_norm(
     if not torch.jit.is_scripting():
         # A constant to torch.compile, which then compiles once per batch size; about a symbolic one it reasons for minutes.
         rows = operator.index(rows)
-        kernel = kernels.pick(x, ghost_rows)
+        kernel = kernels.pick(x, ghost_rows, residual)
         if kernel is not None:
-            return kernel(x, weight, bias, ghost_rows, eps)
+            return kernel(x, weight, bias, ghost_rows, eps, residual, relu)
     ghosts = max(1, rows // ghost_rows)
     whole_rows = (ghosts - 1) * ghost_rows
     if rows == whole_rows + ghost_rows or ghosts == 1:
-        return _normalize_equal_ghosts(x, weight, bias, ghosts, eps)
-    y, mean, var = _normalize_equal_ghosts(x[:whole_rows], weight, bias, ghosts - 1, eps)
-    last_y, last_mean, last_var = _normalize_equal_ghosts(x[whole_rows:], weight, bias, 1, eps)
-    return torch.cat((y, last_y)), torch.cat((mean, last_mean)), torch.cat((var, last_var))
+        y, mean, var = _normalize_equal_ghosts(x, weight, bias, ghosts, eps)
+    else:
+        y, mean, var = _normalize_equal_ghosts(x[:whole_rows], weight, bias, ghosts - 1, eps)
+        last_y, last_mean, last_var = _normalize_equal_ghosts(x[whole_rows:], weight, bias, 1, eps)
+        y, mean, var = torch.cat((y, last_y)), torch.cat((mean, last_mean)), torch.cat((var, last_var))
+    return _add_and_relu(y, residual, relu), mean, var
+
+
+def _add_and_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """In place, as residual blocks do it."""
+    if residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if relu else y
 
 
 def _normalize_equal_ghosts(
@@ -116,15 +134,16 @@ class _GhostBatchNorm(_BatchNorm):
             if isinstance(input, torch.fx.Proxy):
                 # One node to every FX tracer, as torch's own layers are: what it does depends on the batch.
                 return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
-        return self.activate(self.normalize(input))
+        return self.normalize_and_activate(input)
 
-    def activate(self, y: Tensor) -> Tensor:
-        return y
+    def normalize_and_activate(self, input: Tensor) -> Tensor:
+        return self.normalize(input)
 
-    def normalize(self, input: Tensor) -> Tensor:
+    def normalize(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """BatchNorm's output, + residual, then ReLU; see `ghost_batch_norm`."""
         self._check_input_dim(input)
         if self.ghost_batch_size is not None and self.training and input.shape[0] > 0:
-            return self.normalize_ghosts(input)
+            return self.normalize_ghosts(input, residual, relu)
         if not self.training and self.world_size > 1:
             raise RuntimeError(
                 "the running statistics are split over processes: evaluate inside gathered_running_statistics(model)"
@@ -137,7 +156,7 @@ class _GhostBatchNorm(_BatchNorm):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         uses_running = not self.training or self.track_running_stats
-        return F.batch_norm(
+        y = F.batch_norm(
             input,
             self.running_mean if uses_running else None,
             self.running_var if uses_running else None,
@@ -147,15 +166,17 @@ class _GhostBatchNorm(_BatchNorm):
             momentum,
             self.eps,
         )
+        return _add_and_relu(y, residual, relu)
 
-    def normalize_ghosts(self, input: Tensor) -> Tensor:
+    def normalize_ghosts(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         if not torch.jit.is_scripting():
             self._count_rows(input.shape[0])
         ghost_rows = self.ghost_batch_size * self.rows_per_sample
         if self.process_group is None:
-            y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps)
+            y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps, residual, relu)
         else:
             y, mean, var = self._normalize_part_of_ghost(input, ghost_rows)
+            y = _add_and_relu(y, residual, relu)
         if self.track_running_stats and not _is_recomputation():
             self.update_running_statistics(mean, var)
         return y
@@ -237,8 +258,22 @@ class GhostBatchNorm3d(_GhostBatchNorm, nn.BatchNorm3d):
 class GhostBatchNormAct2d(_GhostBatchNorm, BatchNormAct2d):
     """timm's BatchNormAct2d over ghosts; see GhostBatchNorm1d."""
 
-    def activate(self, y: Tensor) -> Tensor:
-        return self.act(self.drop(y))
+    def normalize_and_activate(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102, as above
+            if self.training and type(self.drop) is nn.Identity and is_plain_relu(self.act):
+                return self.normalize(input, relu=True)
+        return self.act(self.drop(self.normalize(input)))
+
+
+def is_plain_relu(module: nn.Module) -> bool:
+    """Whether nobody can tell if this module ran or somebody else took its input's ReLU."""
+    return type(module) is nn.ReLU and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether others look at or change what goes in and out of a module when it is called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(each) > 0 for each in hooks)
 
 
 def _checked(ghost_batch_size: int | None) -> int | None:

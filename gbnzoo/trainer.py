@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import gbnzoo.models
 from gbnzoo.data import Augment, GlobalBatches, ImageSet, keyed_normal, load_images
+from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.launch import connect, on_first_process
 from gbnzoo.metrics import Metrics, evaluate
 from gbnzoo.norm import gathered_running_statistics, recalibrate, shard_running_statistics, span_processes
@@ -87,7 +88,7 @@ class Trainer:
         self.evaluated_updates = {round(total * (i + 1) / evaluations) for i in range(evaluations)} - {0}
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
 
-        self.bare_model = build_model(recipe, self.train_set, regime.ghost_batch_size)
+        self.bare_model = fuse_ghost_batchnorm(build_model(recipe, self.train_set, regime.ghost_batch_size))
         self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
         self.parameters = list(self.bare_model.parameters())
         self.optimizer = build_optimizer(recipe.optimizer, self.bare_model)

@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "weights": set(),
     "pretrained": {"weights"},
     "models": {"norm", "pretrained"},
+    "fusion": {"models", "norm"},
     "recipe": {"regime"},
     "run": {"recipe"},
     "launch": {"run"},
-    "trainer": {"launch", "models", "recipe", "data", "metrics", "run", "regime", "norm"},
+    "trainer": {"launch", "models", "recipe", "data", "metrics", "run", "regime", "norm", "fusion"},
     "allocator": set(),
     "train": {"allocator", "trainer", "launch", "recipe"},
     "card": {"recipe", "run", "regime", "weights"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "upload": {"card", "pretrained", "weights"},
     "report": {"run", "card"},
     "cli": {"report", "train", "data", "metrics", "publish", "upload", "recipe", "regime", "models"},
-    "__init__": {"norm", "models"},
+    "__init__": {"fusion", "norm", "models"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = {"regime", "recipe", "card"}

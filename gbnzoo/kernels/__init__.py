@@ -16,19 +16,24 @@ from gbnzoo.kernels import cpu
 _ARE_ON = os.environ.get("GBNZOO_KERNELS") != "0"
 
 
-def pick(x: Tensor, ghost_rows: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+def pick(
+    x: Tensor, ghost_rows: int, residual: Tensor | None = None
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
     """A kernel that does for x what `gbnzoo.norm.ghost_batch_norm` does with torch's own operators.
 
     Args:
         x: [N, C] or [N, C, ...].
         ghost_rows: rows of dim 0 in a ghost, at least 1.
+        residual: what is added to the result, if anything.
 
     Returns:
-        A function of ghost_batch_norm's arguments, and `residual` and `relu` after them; None where there is no kernel:
-        for other devices and dtypes, a single value per channel, forward-mode and vectorised differentiation.
+        A function of ghost_batch_norm's arguments; None where there is no kernel: for other devices and dtypes, a single
+        value per channel, a residual of another dtype or shape, forward-mode and vectorised differentiation.
     """
     values = min(x.shape[0], ghost_rows) * x.shape[2:].numel()
     if not _ARE_ON or x.device.type != "cpu" or x.dtype not in cpu.DTYPES or values < 2 or x.shape[1] == 0:
+        return None
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         return None
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:

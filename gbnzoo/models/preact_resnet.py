@@ -95,6 +95,9 @@ class PreActResNet(Classifier):
             x = checkpoint_seq(self.stages, x, flatten=True)
         else:
             x = self.stages(x)
+        return self.forward_end(x)
+
+    def forward_end(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(x))
 
 
