@@ -138,7 +138,9 @@ def on_first_process(work: Callable[[], T]) -> T:
 @contextlib.contextmanager
 def watching_for_stop() -> Iterator[Callable[[], bool]]:
     """While it lasts SIGTERM ends nothing; the function given tells whether it came, or the launcher of this process died."""
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    # Accelerate starts a single process without torchrun, and passes no signal on to it.
+    is_started_by_launcher = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    launcher = os.getppid() if is_started_by_launcher else None
     terminated = threading.Event()
 
     def is_asked_to_stop() -> bool:

@@ -111,7 +111,7 @@ class Trainer:
         held.enter_context(self.run.sole_writer())
         checkpoint = self.run.latest_checkpoint()
         first_update = checkpoint.update if checkpoint else 0
-        if not checkpoint:
+        if not (checkpoint and self.run.has_initial):
             self.run.save_initial(self.bare_model.state_dict())
         self.run.rewind_log(first_update)
         if first_update < self.regime.total_updates:

@@ -156,16 +156,22 @@ def test_recalibrated_statistics_are_the_mean_over_the_ghosts_of_an_epoch_on_any
 def test_other_architectures_too(tmp_path, name):
     """BatchNorm1d, and timm's BatchNormAct2d with depthwise convolutions and squeeze-and-excitation."""
     overrides = [*SHORT, f"model={{name: {name}}}", "data.image_size=32", "base.lr=0.01", "base.epochs=0.15"]
-    runs = train_on_all_layouts(tmp_path, overrides, layouts=[(2, 16), (2, 8)])
-    assert relative_distance(runs[2, 16], runs[1, 64]) < 1e-9
+    runs = train_on_all_layouts(tmp_path, overrides, layouts=[(2, 8)])
     assert relative_distance(runs[2, 8], runs[1, 64]) < 1e-9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["levit_128s_gbn", "efficientvit_m0_gbn", "resnet50_gbn", "regnety_002_gbn"])
-def test_and_larger_ones(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [
+        *((f"{name}_gbn", 224) for name in ("levit_128s", "efficientvit_m0", "resnet50", "regnety_002")),
+        *((f"{name}_gbn", 32) for name in ("resnet20", "preact_resnet20", "resnet9", "cifar_resnet18", "cifar_vgg16")),
+        ("cifar_alexnet_gbn, args: {drop_rate: 0.0}", 32),
+    ],
+)
+def test_and_larger_ones(tmp_path, name, image_size):
     """levit and efficientvit_msra fold tokens and windows into the batch, and still share ghosts between processes."""
-    model = [f"model={{name: {name}}}", "data.image_size=224", "base.lr=0.001"]
+    model = [f"model={{name: {name}}}", f"data.image_size={image_size}", "base.lr=0.001"]
     batches = [
         "large={batch_size: 8, ghost_batch_size: 4}",
         "base.batch_size=4",
@@ -178,7 +184,7 @@ def test_and_larger_ones(tmp_path, name):
 
 
 def test_in_float32_layouts_differ_by_the_rounding_of_sums(tmp_path):
-    """Measured: 2e-6 after four updates. Later an activation near zero falls on the other side of its ReLU, and then 3e-3."""
+    """Measured: 1e-6 after four updates. Later an activation near zero falls on the other side of its ReLU, and then 1e-2."""
     layouts = [(1, 16), (2, 32), (4, 8)]
     runs = train_on_all_layouts(tmp_path, [*SHORT, "precision=fp32", "base.epochs=0.2"], layouts=layouts)
     assert max(relative_distance(runs[layout], runs[1, 64]) for layout in layouts) < 1e-5

@@ -12,6 +12,7 @@ import typer
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from ruamel.yaml import YAML
+from test_resume import children, end, has_rows, start, wait_until
 
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import Run
@@ -135,9 +136,13 @@ SHORT = [
 ]
 
 
-def launched(*launcher, out, more=()):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "gbnzoo.train", *SHORT]
-    return subprocess.run([*command, *more, "--out", out], capture_output=True, text=True, timeout=300)
+def command(*launcher, out, more=()):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "gbnzoo.train", *SHORT]
+    return [*launch, *more, "--out", out]
+
+
+def launched(*launcher, **options):
+    return subprocess.run(command(*launcher, **options), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -165,3 +170,24 @@ def test_accelerate_on_cpu_cannot_start_one_process_for_two_unnoticed(tmp_path):
             in wrong.stderr
         )
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [(["--config_file", MACHINES / "one_cpu.yaml"], 1), (["--multi_gpu", "--num_processes", "2"], 2)],
+)
+def test_sigterm_to_accelerate_saves_and_ends_its_processes(tmp_path, launcher, processes):
+    more = ["--processes", str(processes), "--checkpoint-seconds", "600", "base.epochs=200"]
+    process = start(command(*launcher, out=tmp_path, more=more))
+    try:
+        wait_until(has_rows(tmp_path, 3), timeout=120)
+        started = children(process.pid)
+        assert len(started) == processes
+        process.terminate()
+        process.wait(timeout=60)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    finally:
+        end(process)
+    checkpoint = Run(next(tmp_path.iterdir())).latest_checkpoint()
+    assert 0 < checkpoint.update < checkpoint.total_updates

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from processes import Together, run_together
 from test_distributed import DIGITS, assert_same_log, relative_distance
 
 from gbnzoo import run as run_module
+from gbnzoo.launch import watching_for_stop
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import Run
 from gbnzoo.train import train
@@ -48,6 +50,11 @@ def train_with_slow_writes(out):
     """As if the disk took 20 ms for each sync, so that a kill may well meet one."""
     sync = os.fsync
     os.fsync = lambda descriptor: (time.sleep(0.02), sync(descriptor))
+    return train_digits(out)
+
+
+def train_with_warnings_as_errors(out):
+    warnings.simplefilter("error", UserWarning)
     return train_digits(out)
 
 
@@ -128,6 +135,26 @@ def test_kill_9_anywhere_and_again_changes_nothing(tmp_path, whole):
     run_together(2, train_digits, tmp_path)
     run = Run(tmp_path / whole.folder.name)
     assert [start["processes"] for start in run.environments()] == [1, 2, 1, 2]
+    assert_same_end(run, whole)
+
+
+def damage_newest_checkpoint(folder):
+    newest = max((folder / "checkpoints").glob("update*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    return newest
+
+
+def test_a_truncated_checkpoint_costs_some_updates_and_changes_nothing(tmp_path, whole):
+    with Together(1, train_digits, tmp_path) as together:
+        wait_until(has_rows(tmp_path, 6))
+    del together
+    run = Run(tmp_path / whole.folder.name)
+    stopped_at = run.latest_checkpoint().update
+    damaged = damage_newest_checkpoint(run.folder)
+    with pytest.raises(AssertionError, match=rf"UserWarning: .*{damaged.name} is damaged .*; using update"):
+        run_together(1, train_with_warnings_as_errors, tmp_path)
+    run_together(2, train_digits, tmp_path)
+    assert run.environments()[-1]["first_update"] < stopped_at
     assert_same_end(run, whole)
 
 
@@ -256,6 +283,34 @@ def test_the_command_starts_the_processes_it_was_asked_for_and_ends_with_143_on_
     assert run.environments()[0]["processes"] == 2
     run_together(1, train_digits, tmp_path)
     assert_same_end(run, whole)
+
+
+def test_the_end_of_the_launcher_asks_a_process_to_stop(monkeypatch):
+    for variable in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        with monkeypatch.context() as launched:
+            launched.setenv(variable, "no")
+            with watching_for_stop() as is_asked_to_stop:
+                assert not is_asked_to_stop()
+                launched.setattr(os, "getppid", lambda: 1)
+                assert is_asked_to_stop()
+    with watching_for_stop() as is_asked_to_stop:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert not is_asked_to_stop()  # started by hand, it may outlive its shell
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_command_by_name(tmp_path, whole):
+    process = start(command(tmp_path, 2))
+    try:
+        wait_until(has_rows(tmp_path, 1))
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 2
+    assert "error: process 1 of 2 was killed by SIGKILL, and the others stopped; --resume goes on" in errors
+    run_together(1, train_digits, tmp_path)
+    assert_same_end(Run(tmp_path / whole.folder.name), whole)
 
 
 @pytest.mark.slow

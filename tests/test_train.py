@@ -1,13 +1,10 @@
 """Training: the same end whatever the layout or the interruptions, and clear words where it cannot go on."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from processes import Together, run_together
 
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import TIMED_COLUMNS, Run, RunError
@@ -88,34 +85,24 @@ def test_the_small_batch_rung_is_plain_sgd_on_plain_batchnorm(tmp_path):
         torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-6, atol=1e-9)
 
 
+def train_sb(out, checkpoint_seconds=60):
+    return trained(out, "base.epochs=1", rung="sb", resume=True, checkpoint_seconds=checkpoint_seconds)
+
+
 def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
     """kill -9 in the middle, resumed; the log and the weights equal an uninterrupted run's to the bit."""
-    whole = trained(tmp_path / "whole", rung="sb")
-    arguments = [
-        "-m",
-        "gbnzoo.train",
-        DIGITS,
-        "--rung",
-        "sb",
-        "--out",
-        str(tmp_path / "killed"),
-        "--checkpoint-seconds",
-        "0",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, *arguments, *SHORT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    [whole] = run_together(1, train_sb, tmp_path / "whole")
     folder = tmp_path / "killed" / whole.folder.name
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "log.csv").exists() and len(Run(folder).rows()) > 8:
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    with Together(1, train_sb, tmp_path / "killed", 0) as together:
+        deadline = time.monotonic() + 60
+        while not (folder / "log.csv").exists() or len(Run(folder).rows()) <= 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert together.processes[0].is_alive()
+    # Leaving the context has killed it.
     stopped_at = Run(folder).latest_checkpoint().update
-    assert 0 < stopped_at < 162
-    resumed = trained(tmp_path / "killed", rung="sb", resume=True)
+    assert 0 < stopped_at < 81
+    [resumed] = run_together(1, train_sb, tmp_path / "killed")
     assert [e["first_update"] for e in resumed.environments()] == [0, stopped_at]
     assert comparable(resumed.rows()) == comparable(whole.rows())
     for name, value in final_weights(whole).items():
