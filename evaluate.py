@@ -34,9 +34,11 @@ from tqdm import tqdm
 import gbnzoo.models  # noqa: F401  (registers the architectures)
 from gbnzoo import data
 from gbnzoo.card import INTERPOLATION, TIMM_COLUMNS, as_csv, in_timm_order, markdown_table, read_results, timm_columns
+from gbnzoo.image_files import ImageFiles, is_read_as_needed, open_images
 from gbnzoo.metrics import Metrics, evaluate
 from gbnzoo.pretrained import open_source
 from gbnzoo.publish import load_run, load_weights
+from gbnzoo.recipe import Data, Transform
 from gbnzoo.run import Run
 from gbnzoo.train import EVALUATION_BATCH_SIZE, plain_errors
 from gbnzoo.weights import WEIGHTS_FILE, check_weights, sha256_of
@@ -198,7 +200,7 @@ def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, st
             top5_percent=metrics.top5_percent,
             param_count=sum(p.numel() for p in model.parameters()),
             crop_pct=settings.crop_pct or subject.preprocessing["crop_pct"],
-            interpolation=INTERPOLATION,
+            interpolation=images.transform.interpolation if isinstance(images, ImageFiles) else INTERPOLATION,
         ),
         "data": images.name,
         "split": images.split,
@@ -259,7 +261,7 @@ def _check_accuracy(row: Mapping[str, str], hub: Path, settings: Settings) -> tu
     return "agrees", f"measured {metrics.top1_percent:.3f}"
 
 
-def _images_for(subject: Subject, settings: Settings) -> data.ImageSet:
+def _images_for(subject: Subject, settings: Settings) -> data.ImageSet | ImageFiles:
     """The images to measure with, brought to the model's size and normalised with its constants."""
     wanted, gbn = subject.preprocessing, subject.gbn
     channels, height, width = wanted["input_size"]
@@ -272,12 +274,21 @@ def _images_for(subject: Subject, settings: Settings) -> data.ImageSet:
             )
         height = width = settings.img_size
     is_own = _has_own_images(subject, settings)
-    if is_own:
-        options = {key: value for key, value in gbn["data"].items() if key not in ("name", "augment")}
+    own = Data.model_validate(gbn["data"]) if gbn else None
+    name = settings.data or own.name
+    split = settings.split or gbn.get("split") or data.scored_split(name)
+    crop_pct = settings.crop_pct or wanted["crop_pct"]
+    if is_own and own.transform:
+        images = open_images(own, split, data_dir=settings.data_dir)
+    elif is_own:
+        images = load_images(name, split, data_dir=settings.data_dir, **own.in_memory)
+    elif is_read_as_needed(name) and height == width:
+        transform = Transform(crop_pct=crop_pct, interpolation=wanted["interpolation"])
+        chosen = Data(name=name, image_size=height, transform=transform)
+        images = open_images(chosen, split, data_dir=settings.data_dir)
     else:
-        options = {"image_size": math.floor(max(height, width) / (settings.crop_pct or wanted["crop_pct"]))}
-    name, split = settings.data or gbn["data"]["name"], settings.split or gbn.get("split", "test")
-    images = load_images(name, split, data_dir=settings.data_dir, **options)
+        size = math.floor(max(height, width) / crop_pct)
+        images = load_images(name, split, data_dir=settings.data_dir, image_size=size)
     if subject.model.num_classes != len(images.class_names):
         raise ValueError(
             f"{subject.name} tells {subject.model.num_classes} classes apart, {images.name} has {len(images.class_names)};"
@@ -293,6 +304,8 @@ def _images_for(subject: Subject, settings: Settings) -> data.ImageSet:
             f"{subject.name} was trained on images of {height} × {width}, those of {images.name} are {found[1]} × {found[2]};"
             f" --img-size {height} resizes them"
         )
+    if isinstance(images, ImageFiles):
+        return replace(images, spec=replace(images.spec, mean=wanted["mean"], std=wanted["std"]))
     cropped = center_crop(images.images.permute(0, 3, 1, 2), [height, width]).permute(0, 2, 3, 1)
     return replace(images, images=cropped, mean=wanted["mean"], std=wanted["std"])
 

@@ -91,6 +91,21 @@ DATASETS = {
     ),
     "cifar10": DatasetFacts("CIFAR-10", "uoft-cs/cifar10", _KRIZHEVSKY),
     "cifar100": DatasetFacts("CIFAR-100", "uoft-cs/cifar100", _KRIZHEVSKY),
+    "imagenet": DatasetFacts(
+        "ImageNet",
+        "ILSVRC/imagenet-1k",
+        """@article{russakovsky2015imagenet,
+  title   = {{ImageNet} Large Scale Visual Recognition Challenge},
+  author  = {Russakovsky, Olga and Deng, Jia and Su, Hao and Krause, Jonathan and Satheesh, Sanjeev and Ma, Sean and
+             Huang, Zhiheng and Karpathy, Andrej and Khosla, Aditya and Bernstein, Michael and Berg, Alexander C. and
+             Fei-Fei, Li},
+  journal = {International Journal of Computer Vision},
+  volume  = {115},
+  number  = {3},
+  pages   = {211--252},
+  year    = {2015}
+}""",
+    ),
     "digits": DatasetFacts(
         "scikit-learn's digits",
         None,
@@ -191,6 +206,8 @@ def result_row(
             top1_percent=float(log_row["top1_percent"]),
             top5_percent=float(log_row["top5_percent"]),
             param_count=param_count,
+            crop_pct=data.get("crop_pct", CROP_PCT),
+            interpolation=data.get("interpolation", INTERPOLATION),
         ),
         "seed": str(recipe.seed),
         "rung": recipe.rung,

@@ -1,4 +1,4 @@
-"""Image sets held whole in memory, the order of their batches, and augmentation.
+"""Image sets held whole in memory, the order of their batches, and augmentation; `gbnzoo.image_files` has larger ones.
 
 Everything random is a pure function of (seed, stream, epoch, index): a counter is hashed, no generator is advanced. So the
 same images come in the same batches on any machine, however they are spread out, and a resumed run needs no state.
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -49,7 +49,8 @@ class DatasetSpec:
     """What a data set must look like, and how it is normalised.
 
     Where `image_size` (the side in pixels), `num_classes` or a column is None, any will do. Images are in `image_mode`, or
-    converted to it; with `resize_to`, they are resized and cropped to that side.
+    converted to it; with `resize_to`, they are resized and cropped to that side. `scored_split` is the one with public labels
+    that training leaves alone.
     """
 
     hub_id: str | None
@@ -62,6 +63,7 @@ class DatasetSpec:
     label_column: str | None = None
     converts_images: bool = False
     resize_to: int | None = None
+    scored_split: str = "test"
 
 
 # Mean and standard deviation of the training pixels, scaled to 0..1, as the field rounds them.
@@ -74,6 +76,14 @@ DATASETS = {
         "uoft-cs/cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "RGB", 32, 100, "img", "fine_label"
     ),
     "digits": DatasetSpec(None, (0.3066,), (0.3766,), "L", 8, 10),
+    "imagenet": DatasetSpec(
+        "ILSVRC/imagenet-1k",
+        num_classes=1000,
+        image_column="image",
+        label_column="label",
+        converts_images=True,  # some are grey or CMYK
+        scored_split="validation",
+    ),
 }
 
 
@@ -117,11 +127,29 @@ class ImageSet:
 
         With several processes, each gets its own consecutive share; together they get every image once.
         """
-        normalise = Normalise(self, dtype)
-        start, stop = (len(self) * r // world_size for r in (rank, rank + 1))
-        for i in range(start, stop, batch_size):
-            batch = slice(i, min(i + batch_size, stop))
+        normalise = Normalise(self.mean, self.std, self.images.shape[2], dtype, self.images.device)
+        for batch in consecutive(len(self), batch_size, rank, world_size):
             yield normalise(self.images[batch]), self.labels[batch]
+
+    def micro_batches(
+        self, order: "GlobalBatches", positions: Sequence[Tensor], augment: str, dtype: torch.dtype
+    ) -> "MicroBatches":
+        """What one process trains on.
+
+        Args:
+            order: of all processes.
+            positions: int64 [b] for each of its micro-batches, places in every global batch.
+            augment: a key of AUGMENTATIONS.
+            dtype: of the images.
+        """
+        return MicroBatches(Augment(self, augment, order.seed, dtype), order, positions)
+
+
+def consecutive(n: int, batch_size: int, rank: int, world_size: int) -> Iterator[slice]:
+    """Batches of the process's consecutive share of n images, the last as large as it comes out."""
+    start, stop = (n * r // world_size for r in (rank, rank + 1))
+    for i in range(start, stop, batch_size):
+        yield slice(i, min(i + batch_size, stop))
 
 
 class Normalise:
@@ -131,14 +159,19 @@ class Normalise:
     are rounded from float32.
     """
 
-    def __init__(self, image_set: ImageSet, dtype: torch.dtype):
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
         self.dtype = dtype
         self.wide = torch.promote_types(dtype, torch.float32)
-        width, device = image_set.images.shape[2], image_set.images.device
         # A whole row of pixels: with the channels alone, the innermost loop would be three long.
         self.mean, self.std = (
-            torch.tensor(values, dtype=self.wide, device=device).mul(255).repeat(width)
-            for values in (image_set.mean, image_set.std)
+            torch.tensor(values, dtype=self.wide, device=device).mul(255).repeat(width) for values in (mean, std)
         )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -186,10 +219,7 @@ def load_images(
         OSError: if the files are missing or broken, or the Hub cannot be reached.
         ModuleNotFoundError: if scikit-learn is missing for digits.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    data_dir = data_dir or os.environ.get("GBNZOO_DATA")
-    folder = Path(data_dir).expanduser() if data_dir else None
+    folder = data_folder(data_dir)
     given = {
         "image_mode": image_mode,
         "image_column": image_column,
@@ -197,20 +227,54 @@ def load_images(
         "num_classes": num_classes,
         "resize_to": image_size,
     }
-    name, spec = _find_spec(name, folder, {key: value for key, value in given.items() if value is not None})
-    source_split = "train" if split == "validation" and holdout else split
+    name, spec = find_spec(name, folder, given)
     read = _read_digits if name == "digits" else _read_cached
-    images, labels, class_names = read(name, spec, source_split, folder)
-    if holdout and source_split == "train":
-        if not 0 < holdout < len(labels):
-            raise ValueError(f"{name}: data.holdout {holdout} of {len(labels)} training images must leave some of both")
-        kept = _stratified(labels, holdout) == (split == "validation")
-        images, labels = images[kept], labels[kept]
-    return ImageSet(images, labels, class_names, spec.mean, spec.std, name, split)
+    images, labels, class_names = read(name, spec, source_split(split, holdout), folder)
+    kept = kept_of_source(name, labels, split, holdout)
+    return ImageSet(images[kept], labels[kept], class_names, spec.mean, spec.std, name, split)
 
 
-def _find_spec(name: str, folder: Path | None, given: dict[str, Any]) -> tuple[str, DatasetSpec]:
-    """The set's name here, and what it must look like; what is given goes before what DATASETS says."""
+def data_folder(data_dir: str | Path | None) -> Path | None:
+    data_dir = data_dir or os.environ.get("GBNZOO_DATA")
+    return Path(data_dir).expanduser() if data_dir else None
+
+
+def source_split(split: str, holdout: int) -> str:
+    """The source's split that holds one of ours.
+
+    Raises:
+        ValueError: if it is none of SPLITS.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+    return "train" if split == "validation" and holdout else split
+
+
+def kept_of_source(name: str, labels: Tensor, split: str, holdout: int) -> Tensor | slice:
+    """Which images of the source's split are in ours.
+
+    Raises:
+        ValueError: if the holdout leaves nothing.
+    """
+    if not holdout or source_split(split, holdout) != "train":
+        return slice(None)
+    if not 0 < holdout < len(labels):
+        raise ValueError(f"{name}: data.holdout {holdout} of {len(labels)} training images must leave some of both")
+    return _stratified(labels, holdout) == (split == "validation")
+
+
+def scored_split(name: str) -> str:
+    """The split of a set that a model is scored on."""
+    return next((spec.scored_split for known, spec in DATASETS.items() if name in (known, spec.hub_id)), "test")
+
+
+def find_spec(name: str, folder: Path | None, given: dict[str, Any]) -> tuple[str, DatasetSpec]:
+    """The set's name here, and what it must look like; what is given, if not None, goes before what DATASETS says.
+
+    Raises:
+        ValueError: if the set is not known, or the image mode.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
     name = next((known for known, spec in DATASETS.items() if name == spec.hub_id), name)
     if name not in DATASETS and name != "imagefolder" and "/" not in name and not folder:
         raise ValueError(
@@ -235,7 +299,7 @@ def _read_digits(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
     # Its last images were written by other people than the rest: taken for the test, they would measure that.
     is_test = _stratified(targets, 500)
     splits = {"train": ~is_test, "test": is_test}
-    _check_split(name, split, splits)
+    check_split(name, split, splits)
     grey = np.rint(digits.images[splits[split]] * (255 / 16)).astype(np.uint8)  # they range over 0..16
     images = _decode(map(PIL.Image.fromarray, grey), len(grey), spec, f"{name} {split}")
     labels = targets[splits[split]]
@@ -246,17 +310,15 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
     """The split from its cached copy, if the source is what it was; else from the source, and a copy made."""
     where = f"{name} {split}"
     if folder or name == "imagefolder":
-        folder = _source_folder(name, spec, folder)
-        files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-        fingerprint = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        folder = source_folder(name, spec, folder)
+        fingerprint = fingerprint_of(folder)
     else:
-        tables = _load_tables(name, spec.hub_id, cure="its parquet files can be given by --data-dir or GBNZOO_DATA")
+        tables = load_tables(name, spec.hub_id, cure="its parquet files can be given by --data-dir or GBNZOO_DATA")
         fingerprint = [table._fingerprint for table in tables.values()]  # of the commit on the Hub
     key = hashlib.sha256(repr((fingerprint, split, spec)).encode()).hexdigest()[:16]
-    # The place where `datasets` keeps its own, found without importing it, which takes a second.
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets") / "gbnzoo"
+    cache = cache_folder()
     cached = cache / f"{name.replace('/', '--')}-{split}-{key}.safetensors"
-    with contextlib.nullcontext() if cached.exists() else _one_at_a_time(cache):
+    with contextlib.nullcontext() if cached.exists() else one_at_a_time(cache):
         with contextlib.suppress(OSError, SafetensorError), safe_open(cached, "pt") as file:
             _check_memory(cached.stat().st_size, where)
             class_names = tuple(json.loads(file.metadata()["class_names"]))
@@ -266,9 +328,9 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
             if folder:
                 # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
                 kind, cure = "imagefolder" if name == "imagefolder" else "parquet", "the files may be broken"
-                tables = _load_tables(name, kind, data_dir=str(folder), cache_dir=scratch, cure=cure)
-            _check_split(name, split, tables)
-            labels, class_names = _labels(tables[split], spec, where)
+                tables = load_tables(name, kind, data_dir=str(folder), cache_dir=scratch, cure=cure)
+            check_split(name, split, tables)
+            labels, class_names = read_labels(tables[split], spec, where)
             images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
         with contextlib.suppress(OSError, SafetensorError):  # where nothing can be kept, the next run decodes again
             cache.mkdir(parents=True, exist_ok=True)
@@ -280,7 +342,7 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until other processes have left the folder; where it cannot be made or locked, do not wait.
 
     So the first process of a run decodes, and the others find its copy.
@@ -294,7 +356,19 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
+def fingerprint_of(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells whether any file in a folder has changed."""
+    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def cache_folder() -> Path:
+    """Where images and tables are kept: beside the caches of `datasets`, found without its import, which takes a second."""
+    datasets_cache = os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets"
+    return Path(datasets_cache) / "gbnzoo"
+
+
+def source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
     """The folder with the set's own files.
 
     Raises:
@@ -316,7 +390,9 @@ def _source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
     )
 
 
-def _load_tables(name: str, path: str, *, cure: str, **options: str) -> "datasets.DatasetDict":
+def load_tables(
+    name: str, path: str, *, cure: str, **options: Any
+) -> "datasets.DatasetDict | datasets.IterableDatasetDict":
     """`datasets.load_dataset`, its many errors made one.
 
     Raises:
@@ -332,15 +408,18 @@ def _load_tables(name: str, path: str, *, cure: str, **options: str) -> "dataset
         raise OSError(f"{name}: cannot load {source}: {error.__cause__ or error}; {cure}") from error
 
 
-def _check_split(name: str, split: str, found: Iterable[str]) -> None:
+def check_split(name: str, split: str, found: Iterable[str]) -> None:
     if split not in found:
-        cure = "; data.holdout: N keeps N of the training images for it" if split == "validation" else ""
-        raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}{cure}")
+        cures = {
+            "validation": "; data.holdout: N keeps N of the training images for it",
+            "test": "; data.scored_split: validation scores that one" if "validation" in found else "",
+        }
+        raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}{cures.get(split, '')}")
 
 
-def _labels(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> tuple[Tensor, tuple[str, ...]]:
+def read_labels(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> tuple[Tensor, tuple[str, ...]]:
     """Labels int64 [n] and class names, checked."""
-    column = _column(table, "ClassLabel", spec.label_column, f"{where}: data.label_column")
+    column = find_column(table, "ClassLabel", spec.label_column, f"{where}: data.label_column")
     class_names = tuple(table.features[column].names)
     if spec.num_classes not in (None, len(class_names)):
         raise ValueError(
@@ -356,7 +435,7 @@ def _labels(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> tuple[T
     return labels, class_names
 
 
-def _column(table: "datasets.Dataset", kind: str, wanted: str | None, key: str) -> str:
+def find_column(table: "datasets.Dataset", kind: str, wanted: str | None, key: str) -> str:
     """The wanted column, of one kind of feature; where none is named, the only one."""
     kinds = {column: type(feature).__name__ for column, feature in table.features.items()}
     fitting = [column for column, found in kinds.items() if found == kind and wanted in (None, column)]
@@ -367,34 +446,46 @@ def _column(table: "datasets.Dataset", kind: str, wanted: str | None, key: str) 
 
 
 def _pil_images(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> Iterator[PIL.Image.Image]:
+    encoded = encoded_images(table, spec, where)
+    rows = (row for batch in encoded.iter(batch_size=1000) for row in batch[encoded.column_names[0]])
+    last_format = None
+    for i, row in enumerate(rows):
+        image = open_image(row, i, where, last_format)
+        last_format = image.format
+        yield image
+
+
+def encoded_images(table: "datasets.Dataset", spec: DatasetSpec, where: str) -> "datasets.Dataset":
+    """The column of images by itself, each as the file it was."""
     from datasets import Image
 
-    column = _column(table, "Image", spec.image_column, f"{where}: data.image_column")
-    encoded = table.select_columns([column]).cast_column(column, Image(decode=False))
-    # PIL tries its forty formats in turn; the last image's first halves the time of a set in WebP.
+    column = find_column(table, "Image", spec.image_column, f"{where}: data.image_column")
+    return table.select_columns([column]).cast_column(column, Image(decode=False))
+
+
+def open_image(row: Mapping[str, Any], i: int, where: str, likely_format: str | None = None) -> PIL.Image.Image:
+    """Image number i of a split from its file's bytes, or its path.
+
+    PIL tries its forty formats in turn; to name the likely one halves the time of a set in WebP.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
     PIL.Image.init()
-    formats = PIL.Image.ID
-    rows = (row for batch in encoded.iter(batch_size=1000) for row in batch[column])
-    for i, row in enumerate(rows):
-        try:
-            with PIL.Image.open(BytesIO(row["bytes"]) if row["bytes"] else row["path"], formats=formats) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{where}: image {i} cannot be decoded ({error}); the files may be broken") from error
-        formats = [image.format, *PIL.Image.ID]
-        yield image
+    formats = [likely_format, *PIL.Image.ID] if likely_format else PIL.Image.ID
+    try:
+        with PIL.Image.open(BytesIO(row["bytes"]) if row["bytes"] else row["path"], formats=formats) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: image {i} cannot be decoded ({error}); the files may be broken") from error
+    return image
 
 
 def _decode(images: Iterable[PIL.Image.Image], n: int, spec: DatasetSpec, where: str) -> Tensor:
     """uint8 [n, H, W, C]; mode and size are checked, unless they are to be changed."""
     decoded = None
     for i, image in enumerate(images):
-        if spec.converts_images:
-            image = image.convert(spec.image_mode)
-        if image.mode != spec.image_mode:
-            raise ValueError(
-                f"{where}: image {i} has mode {image.mode}, wanted {spec.image_mode}; data.name may be wrong"
-            )
+        image = in_mode(image, spec, i, where)
         if spec.resize_to:
             image = center_crop(resize(image, spec.resize_to, InterpolationMode.BICUBIC), spec.resize_to)
         if decoded is None:
@@ -412,12 +503,25 @@ def _decode(images: Iterable[PIL.Image.Image], n: int, spec: DatasetSpec, where:
     return torch.from_numpy(decoded)
 
 
+def in_mode(image: PIL.Image.Image, spec: DatasetSpec, i: int, where: str) -> PIL.Image.Image:
+    """Image number i of a split, in the mode that is wanted.
+
+    Raises:
+        ValueError: if it has another and may not be converted.
+    """
+    if spec.converts_images:
+        return image.convert(spec.image_mode)
+    if image.mode != spec.image_mode:
+        raise ValueError(f"{where}: image {i} has mode {image.mode}, wanted {spec.image_mode}; data.name may be wrong")
+    return image
+
+
 def _check_memory(num_bytes: int, where: str) -> None:
     free = psutil.virtual_memory().available
     if num_bytes > free / 2:  # the other half is for augmentation's padded copy
         raise ValueError(
             f"{where}: its images take {num_bytes / 1e9:.1f} GB decoded, over half of the {free / 1e9:.1f} GB of free memory;"
-            " a smaller data.image_size or a larger machine would fit"
+            " a smaller data.image_size or a larger machine would fit; with data.transform images are read as they are needed"
         )
 
 
@@ -439,7 +543,7 @@ def _stratified(labels: Tensor, count: int) -> Tensor:
 # On the CPU in numpy: for one batch it is several times faster than tensor operations, and no GPU waits for it.
 
 # Streams never share bits. Their numbers, like the hash and the rounds, are part of every trained weight: they stay.
-_STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3}
+_STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3, "mix": 4}
 _FEISTEL_ROUNDS = 8  # after six, neighbours in orders of under 100 samples are visibly unlike random ones
 
 Words = npt.NDArray[np.uint64]  # wrap around
@@ -471,7 +575,7 @@ def keyed_bits(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) ->
 
     Args:
         seed: 0 <= seed < 2**63.
-        stream: "permutation", "augment", "gradient_noise" or "holdout"; what they draw is unrelated.
+        stream: a key of _STREAMS; what they draw is unrelated.
         epochs, indices: int64 [B], not negative.
     """
     return torch.from_numpy(_keyed_words(seed, stream, epochs, indices).view(np.int64)).to(indices.device)
@@ -555,6 +659,33 @@ class GlobalBatches:
         return epoch_permutation(self.num_samples, self.seed, epochs, positions), epochs
 
 
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one process runs forward at once: sample indices and epochs int64 [b] on the CPU, images [b, C, H, W] and labels on
+    the device. Labels are int64 [b], or, where samples are mixed, shares of the classes [b, classes]."""
+
+    indices: Tensor
+    epochs: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatches:
+    """One process's part of any update, of images held in memory."""
+
+    augment: "Augment"
+    order: GlobalBatches
+    positions: Sequence[Tensor]
+
+    def at(self, update: int) -> Iterator[MicroBatch]:
+        indices, epochs = self.order.at(update)
+        labels = self.augment.image_set.labels
+        for positions in self.positions:
+            index, epoch = indices[positions], epochs[positions]
+            yield MicroBatch(index, epoch, self.augment(index, epoch), labels[index.to(labels.device)])
+
+
 # ---- augmentation --------------------------------------------------------------------------------------------------
 
 AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether to flip at random
@@ -587,7 +718,9 @@ class Augment:
             raise ValueError(f"data.augment {kind!r} is not known; wanted one of {', '.join(AUGMENTATIONS)}")
         self.image_set, self.seed, self.dtype = image_set, seed, dtype
         self.pad, self.flips = AUGMENTATIONS[kind]
-        self.normalise = Normalise(image_set, dtype)
+        self.normalise = Normalise(
+            image_set.mean, image_set.std, image_set.images.shape[2], dtype, image_set.images.device
+        )
         if self.pad or self.flips:
             padded = F.pad(image_set.images, (0, 0, *(self.pad,) * 4))
             _, height, self.width, channels = padded.shape

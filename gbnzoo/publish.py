@@ -203,8 +203,8 @@ def _preprocessing(data: Mapping[str, Any]) -> dict[str, Any]:
     """What the run did to its images, in the words of timm's pretrained cfg."""
     return {
         "input_size": tuple(data["input_size"]),
-        "interpolation": INTERPOLATION,
-        "crop_pct": CROP_PCT,
+        "interpolation": data.get("interpolation", INTERPOLATION),
+        "crop_pct": data.get("crop_pct", CROP_PCT),
         "crop_mode": "center",
         "mean": tuple(data["mean"]),
         "std": tuple(data["std"]),

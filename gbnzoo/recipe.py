@@ -19,6 +19,7 @@ from gbnzoo.regime import RUNGS, LrScaling, Regime, Schedule, derive_regime
 RungName = Literal["sb", "lb", "lr", "gbn", "ra"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Epochs = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Scalar = bool | int | float | str
 
 
@@ -37,16 +38,62 @@ class Model(_Section):
     args: dict[str, Scalar] = {}
 
 
+class Transform(_Section):
+    """How images that are read as they are needed become a batch: timm's transforms, each image by itself.
+
+    Up to `train_interpolation` these are what `timm.data.create_transform` takes, and its own values, for training; `mixup` and
+    `cutmix` are the alphas of timm's Mixup, which mixes neighbours in the global batch. `eval_image_size` (data.image_size
+    where it is not given), `crop_pct` and `interpolation` are for scoring.
+    """
+
+    scale: Annotated[tuple[float, float], Field(strict=False)] = (0.08, 1.0)
+    ratio: Annotated[tuple[float, float], Field(strict=False)] = (3 / 4, 4 / 3)
+    hflip: Share = 0.5
+    vflip: Share = 0.0
+    color_jitter: Annotated[float, Field(ge=0)] = 0.4
+    auto_augment: str | None = None
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    eval_image_size: PositiveInt | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
 class Data(_Section):
-    """A data set by its name here, its Hub id, or `imagefolder`; see `gbnzoo.data.load_images`."""
+    """A data set by its name here, its Hub id, or `imagefolder`; see `gbnzoo.data.load_images`.
+
+    Without `transform` all images are held in memory, and `augment` makes a whole batch of them at once; with it they are
+    read from disk as they are needed (`gbnzoo.image_files`). `scored_split` is the one that models are scored on where there
+    is no `holdout`: the set's own, or the test split.
+    """
 
     name: str
     augment: str = "none"
+    transform: Transform | None = None
     holdout: Annotated[int, Field(ge=0)] = 0
+    scored_split: Literal["test", "validation"] | None = None
     image_size: PositiveInt | None = None
     image_column: str | None = None
     label_column: str | None = None
     num_classes: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_read(self) -> "Data":
+        if self.transform and self.augment != "none":
+            raise ValueError(
+                f"augment {self.augment} is for images in memory, transform for images on disk; give one of them"
+            )
+        if self.transform and not self.image_size:
+            raise ValueError("transform needs image_size, the side in pixels that images are trained at")
+        if self.scored_split and self.holdout:
+            raise ValueError(f"scored_split {self.scored_split} and holdout {self.holdout}: give one of them")
+        return self
+
+    @property
+    def in_memory(self) -> dict[str, Any]:
+        """What `gbnzoo.data.load_images` takes, besides the name."""
+        return self.model_dump(exclude={"name", "augment", "transform", "scored_split"})
 
 
 class Base(_Section):
@@ -124,7 +171,8 @@ class Recipe(_Section):
     """The science of a run. `rung` picks how much of the paper applies; `seed` fixes everything random.
 
     `statistics: recalibrated` ends the run by putting in place of BatchNorm's running averages the exact mean over the
-    ghosts of its first epoch (precise BN); see `gbnzoo.norm.recalibrate`.
+    ghosts of its first epoch (precise BN); see `gbnzoo.norm.recalibrate`. `loss: bce` is the mean over classes of binary
+    cross-entropies, for which `bce_threshold` makes shares of a class above it 1 and the others 0.
     """
 
     model: Model
@@ -132,7 +180,9 @@ class Recipe(_Section):
     base: Base
     optimizer: Optimizer = Optimizer()
     large: Large
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bce_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
     gradient_noise: GradientNoise | None = None
     evaluations: PositiveInt = 20
     statistics: Literal["running averages", "recalibrated"] = "running averages"
@@ -140,6 +190,12 @@ class Recipe(_Section):
     rung: RungName = "ra"
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        if self.bce_threshold is not None and self.loss != "bce":
+            raise ValueError(f"bce_threshold {self.bce_threshold} belongs to loss: bce, not to {self.loss}")
+        return self
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-Schedule = Literal["milestones", "cosine", "linear", "constant"]
+Schedule = Literal["milestones", "cosine", "linear", "quadratic", "constant"]
 LrScaling = Literal["none", "sqrt", "linear"]
 
 
@@ -50,8 +50,8 @@ class Regime:
         ghost_batch_size: samples normalised together; divides batch_size.
         total_updates: length of the run.
         lr: learning rate after scaling with the batch, before the schedule.
-        schedule: "milestones" multiplies by one factor of `lr_decay` at each milestone; "cosine" and "linear" fall to zero
-            over the updates after warm-up; "constant" stays.
+        schedule: "milestones" multiplies by one factor of `lr_decay` at each milestone; "cosine", "linear" and "quadratic"
+            (the polynomial of power 2 that LARS is used with) fall to zero over the updates after warm-up; "constant" stays.
         milestones: updates at which the rate changes, ascending.
         lr_decay: one factor per milestone.
         warmup_updates: updates over which the rate rises linearly to `lr`.
@@ -89,7 +89,7 @@ class Regime:
     def lr_at(self, update: int) -> float:
         """Learning rate of one update.
 
-        Linear warm-up multiplies whatever the schedule says; cosine and linear decay begin where warm-up ends.
+        Linear warm-up multiplies whatever the schedule says; decay to zero begins where warm-up ends.
 
         Args:
             update: optimiser steps finished so far, 0 <= update < total_updates.
@@ -102,10 +102,13 @@ class Regime:
                 * math.prod(d for m, d in zip(self.milestones, self.lr_decay, strict=True) if update >= m)
             )
         progress = max(0, update - self.warmup_updates) / max(1, self.total_updates - self.warmup_updates)
-        decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[
-            self.schedule
-        ]
-        return self.lr * warmup * decay
+        decay = {
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "linear": 1 - progress,
+            "quadratic": (1 - progress) ** 2,
+            "constant": 1.0,
+        }
+        return self.lr * warmup * decay[self.schedule]
 
 
 def derive_regime(

@@ -17,14 +17,16 @@ from typing import Any
 
 import timm
 import torch
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import gbnzoo.models
-from gbnzoo.data import Augment, GlobalBatches, ImageSet, keyed_normal, load_images
+from gbnzoo.data import GlobalBatches, ImageSet, keyed_normal, load_images, scored_split
 from gbnzoo.fusion import fuse_ghost_batchnorm
+from gbnzoo.image_files import ImageFiles, open_images
 from gbnzoo.launch import connect, on_first_process
 from gbnzoo.metrics import Metrics, evaluate
 from gbnzoo.norm import gathered_running_statistics, recalibrate, shard_running_statistics, span_processes
@@ -68,11 +70,9 @@ class Trainer:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
 
-        dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.dtype = dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.train_set, self.scored_set = (images.to(self.device) for images in load_sets(recipe, data_dir))
         self.regime = regime = recipe.regime(len(self.train_set))
-        self.batches = GlobalBatches(len(self.train_set), regime.batch_size, recipe.seed)
-        self.augment = Augment(self.train_set, recipe.data.augment, recipe.seed, dtype)
         self.layout = choose_layout(
             regime.batch_size,
             regime.ghost_batch_size,
@@ -84,6 +84,8 @@ class Trainer:
             torch.tensor([position for ghost in ghosts for position in ghost])
             for ghosts in self.layout.micro_batches(self.rank)
         ]
+        order = GlobalBatches(len(self.train_set), regime.batch_size, recipe.seed)
+        self.micro_batches = self.train_set.micro_batches(order, self.positions, recipe.data.augment, dtype)
         total, evaluations = regime.total_updates, recipe.evaluations
         self.evaluated_updates = {round(total * (i + 1) / evaluations) for i in range(evaluations)} - {0}
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
@@ -160,22 +162,16 @@ class Trainer:
 
     def add_gradients(self, update: int) -> None:
         """Leave the gradient of the global batch's mean loss on the parameters of every process."""
-        indices, epochs = self.batches.at(update)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for step, positions in enumerate(self.positions):
-            index, epoch = indices[positions], epochs[positions]
+        for step, batch in enumerate(self.micro_batches.at(update)):
             # Dropout has no key per sample: it is fixed by seed and update, and by where the layout cuts the batch.
-            torch.manual_seed(hash((self.recipe.seed, update, int(positions[0]))))
+            torch.manual_seed(hash((self.recipe.seed, update, int(self.positions[step][0]))))
             is_last = step == len(self.positions) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                logits = self.model(self.augment(index, epoch))
-                labels = self.train_set.labels[index.to(self.device)]
-                losses = nn.functional.cross_entropy(
-                    logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="none"
-                )
+                losses = sample_losses(self.recipe, self.model(batch.images), batch.labels)
                 loss += losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
                 if self.regime.gradient_noise_sigma:
-                    noise = keyed_normal(self.recipe.seed, "gradient_noise", epoch, index).to(losses)
+                    noise = keyed_normal(self.recipe.seed, "gradient_noise", batch.epochs, batch.indices).to(losses)
                     losses = losses * (1 + self.regime.gradient_noise_sigma * noise)
                 # Data parallelism averages over processes; times their number, that is the mean over the global batch.
                 self.accelerator.backward(losses.sum() * (self.world_size / self.regime.batch_size))
@@ -249,16 +245,12 @@ class Trainer:
     def recalibrate(self) -> None:
         """Put in place of the running averages the statistics of one pass over the training set, in its first order."""
         updates = range(max(1, len(self.train_set) // self.regime.batch_size))
-        orders = (self.batches.at(update) for update in updates)
-        recalibrate(
-            self.bare_model,
-            (self.augment(indices[p], epochs[p]) for indices, epochs in orders for p in self.positions),
-        )
+        recalibrate(self.bare_model, (batch.images for update in updates for batch in self.micro_batches.at(update)))
 
     def evaluate(self) -> Metrics:
         """Score the model as it stands, each sample counted once whatever the number of processes."""
         with gathered_running_statistics(self.bare_model, self._sum_over_groups):
-            shares = self.scored_set.batches(EVALUATION_BATCH_SIZE, self.augment.dtype, self.rank, self.world_size)
+            shares = self.scored_set.batches(EVALUATION_BATCH_SIZE, self.dtype, self.rank, self.world_size)
             return evaluate(self.bare_model, shares, reduce=self._over_processes)
 
     def save(self, done: int) -> None:
@@ -349,19 +341,42 @@ class Trainer:
                 "class_names": list(train_set.class_names),
                 "mean": list(train_set.mean),
                 "std": list(train_set.std),
-                "input_size": list(train_set.input_size),
+                "input_size": list(self.scored_set.input_size),
+                **(
+                    how.model_dump(include={"crop_pct", "interpolation"}) if (how := self.recipe.data.transform) else {}
+                ),
             },
         }
 
 
-def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet, ImageSet]:
-    """The training images, and those the recipe is scored on: the held-out ones, or the test split."""
-    options = {"data_dir": data_dir, **recipe.data.model_dump(exclude={"name", "augment"})}
-    scored = "validation" if recipe.data.holdout else "test"
-    return load_images(recipe.data.name, "train", **options), load_images(recipe.data.name, scored, **options)
+def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet | ImageFiles, ImageSet | ImageFiles]:
+    """The training images, and those the recipe is scored on: the held-out ones, or the split that the set has for it."""
+    data = recipe.data
+    splits = "train", "validation" if data.holdout else data.scored_split or scored_split(data.name)
+    if data.transform:
+        train_set, scored_set = (open_images(data, split, data_dir=data_dir) for split in splits)
+    else:
+        train_set, scored_set = (load_images(data.name, s, data_dir=data_dir, **data.in_memory) for s in splits)
+    return train_set, scored_set
 
 
-def build_model(recipe: Recipe, train_set: ImageSet, ghost_batch_size: int) -> nn.Module:
+def sample_losses(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
+    """The recipe's loss of each sample, [B].
+
+    Args:
+        logits: [B, classes].
+        labels: int64 [B], or shares of the classes [B, classes].
+    """
+    if recipe.loss == "cross_entropy":
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="none")
+    if labels.dim() == 1:
+        labels = nn.functional.one_hot(labels, logits.shape[1]).to(logits)
+    labels = labels * (1 - recipe.label_smoothing) + recipe.label_smoothing / logits.shape[1]
+    loss = BinaryCrossEntropy(smoothing=0, target_threshold=recipe.bce_threshold, reduction="none")
+    return loss(logits, labels.to(logits)).mean(1)
+
+
+def build_model(recipe: Recipe, train_set: ImageSet | ImageFiles, ghost_batch_size: int) -> nn.Module:
     """The recipe's network for the data, its initial weights a function of the seed alone, so that rungs share them.
 
     Raises:

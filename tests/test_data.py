@@ -518,7 +518,7 @@ def test_hub_out_of_reach_names_the_way_without_it(monkeypatch):
 
 def test_unknown_names_are_named_beside_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"'cifar11' is not known; wanted mnist, cifar10, cifar100, digits, imagefolder"
+        ValueError, match=r"'cifar11' is not known; wanted mnist, cifar10, cifar100, digits, imagenet, imagefolder"
     ):
         load_images("cifar11", "train")
     with pytest.raises(ValueError, match="split 'dev' is none of train, validation, test"):

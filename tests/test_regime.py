@@ -68,6 +68,8 @@ def test_warmup_rises_linearly_and_cosine_and_linear_fall_to_zero_after_it():
     assert cosine.lr_at(40) == pytest.approx((1 + math.sqrt(0.5)) / 2)  # a quarter of the way: (1 + cos 45°) / 2
     linear = derive_regime("sb", schedule="linear", **common, **large)
     assert [linear.lr_at(u) for u in (19, 20, 60, 99)] == pytest.approx([1.0, 1.0, 0.5, 1 / 80])
+    quadratic = derive_regime("sb", schedule="quadratic", **common, **large)
+    assert [quadratic.lr_at(u) for u in (9, 20, 60, 80)] == pytest.approx([0.5, 1.0, 0.25, 0.0625])
     constant = derive_regime("sb", schedule="constant", **common, **large)
     assert {constant.lr_at(u) for u in range(20, 100)} == {1.0}
 
