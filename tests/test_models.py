@@ -88,6 +88,19 @@ def test_parameters_and_output_shape(name):
         assert tuple(features.shape[2:]) == cfg["pool_size"]
 
 
+def test_resnet50_is_the_published_one():
+    """25,557,032 parameters: torchvision's table for ResNet50_Weights, and timm's 25.56M."""
+    model = create("resnet50_gbn", ghost_batch_size=8).eval()
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 53  # one for the stem, three for each of 16 blocks, one for each of 4 shortcuts
+    assert all(norm.ghost_batch_size == 8 for norm in norms)
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(1, 3, 224, 224))
+        assert features.shape == (1, 2048, 7, 7)
+        assert model.forward_head(features).shape == (1, 1000)
+
+
 def test_hundred_classes_of_c3_and_wrn():
     # 90 classes more than above, of 192 and 256 features.
     assert sum(p.numel() for p in create("cifar_alexnet_gbn", num_classes=100).parameters()) == 1_388_490 + 90 * 193

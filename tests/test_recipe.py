@@ -79,6 +79,19 @@ def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
         ("precision=half", "precision: given 'half', wanted 'fp32', 'bf16' or 'fp64'"),
         ("gradient_noise={kind: additive, sigma: 1}", "gradient_noise.kind: given 'additive', wanted 'multiplicative'"),
         ("data.holdout=-1", "data.holdout: given -1, wanted greater than or equal to 0"),
+        ("data.transform={}", "augment pad4_crop_flip is for images in memory, transform for images on disk"),
+        ("data={name: x, transform: {}}", "transform needs image_size"),
+        (
+            "data={name: x, image_size: 8, transform: {mixop: 1}}",
+            "data.transform.mixop is not a key .* did you mean mixup",
+        ),
+        (
+            "data={name: x, image_size: 8, transform: {crop_pct: 87.5}}",
+            "crop_pct: given 87.5, wanted less than or equal to 1",
+        ),
+        ("data={name: x, image_size: 8, transform: {hflip: -1}}", "hflip: given -1, wanted greater than or equal to 0"),
+        ("data={name: x, holdout: 9, scored_split: test}", "scored_split test and holdout 9: give one of them"),
+        ("bce_threshold=0.2", "bce_threshold 0.2 belongs to loss: bce, not to cross_entropy"),
         ("base.lr.x=1", "base.lr.x=1'?: .*lr is a value and has no keys below it"),
         ("base.lr", "wanted key=value with a dotted key"),
         ("base.lr=[", "override 'base.lr=\\['"),
@@ -115,6 +128,31 @@ def test_all_that_is_wrong_is_said_at_once(recipe_file):
 def test_a_missing_file_names_recipes_that_are_there():
     with pytest.raises(RecipeError, match=r"recipes/mnst/mlp5_gbn.yaml: no such file.* recipes/mnist/mlp5_gbn.yaml"):
         find_recipe("recipes/mnst/mlp5_gbn.yaml")
+
+
+def test_a_recipe_of_images_on_disk_reads_back_the_same(tmp_path):
+    recipe = load_recipe("recipes/imagenet/resnet50_gbn_lamb_a3.yaml")
+    (tmp_path / "recorded.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recorded.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "peak", "last"),
+    [
+        # sqrt(8192 / 128) = 8 times 0.01, at the end a hundredth of it.
+        ("alexnet_owt_gbn", [], 0.08, 0.0008),
+        ("resnet50_gbn_lars", [], 10.0, 0.0),
+        ("resnet50_gbn_lars", ["large.batch_size=16384", "base.lr=0.390625"], 25.0, 0.0),
+        ("resnet50_gbn_lars", ["large.batch_size=32768", "base.lr=0.25", "base.warmup_epochs=14"], 32.0, 0.0),
+        ("resnet50_gbn_lamb_a2", [], 0.01, 0.0),  # sqrt(8192 / 2048) = 2 times 5e-3
+        ("resnet50_gbn_lamb_a3", ["large.batch_size=32768"], 0.032, 0.0),
+    ],
+)
+def test_imagenet_recipes_have_the_rates_they_claim(name, overrides, peak, last):
+    regime = load_recipe(f"recipes/imagenet/{name}.yaml", overrides, rung="gbn").regime(1_281_167)
+    rates = [regime.lr_at(update) for update in range(regime.total_updates)]
+    assert max(rates) == pytest.approx(peak)
+    assert rates[-1] == pytest.approx(last, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
