@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from torch import Tensor
 from gbnzoo.kernels import cpu
 
 _ARE_ON = os.environ.get("GBNZOO_KERNELS") != "0"
+_DTYPES = {"cpu": cpu.DTYPES}
+if torch.version.cuda and importlib.util.find_spec("triton") and torch.cuda.is_available():
+    from gbnzoo.kernels import gpu
+
+    _DTYPES["cuda"] = gpu.DTYPES
 
 
 def pick(
@@ -31,16 +37,17 @@ def pick(
         value per channel, a residual of another dtype or shape, forward-mode and vectorised differentiation.
     """
     values = min(x.shape[0], ghost_rows) * x.shape[2:].numel()
-    if not _ARE_ON or x.device.type != "cpu" or x.dtype not in cpu.DTYPES or values < 2 or x.shape[1] == 0:
+    if not _ARE_ON or x.dtype not in _DTYPES.get(x.device.type, ()) or values < 2 or x.shape[1] == 0:
         return None
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         return None
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             return None
-        if cpu.LIBRARY is None:
+        if x.device.type == "cpu" and cpu.LIBRARY is None:
             _say_none_was_built()
-    return None if cpu.LIBRARY is None else cpu.ghost_batch_norm
+    is_able = gpu.is_able(x, ghost_rows) if x.device.type == "cuda" else cpu.LIBRARY is not None
+    return cpu.ghost_batch_norm if is_able else None
 
 
 @functools.cache

@@ -26,8 +26,9 @@ from gbnzoo.kernels.cpu import _as, _dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Values that a program holds in registers, of each tensor it reads: above, they spill (tests/test_gpu_kernels.py).
-RESIDENT = {"forward": 32768, "backward": 16384}
+# Of each tensor that it reads, a program holds so many bytes in registers, or so many values; with more it spills.
+RESIDENT_BYTES = 64 << 10
+RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
 STREAMED_TILE = 8192  # values of a tensor that a program works on at a time where its slab is not resident
 VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16; assumed, like the tile, not tuned on a device
 
@@ -50,7 +51,7 @@ class Plan:
 
     @property
     def warps(self) -> int:
-        return min(32, max(1, self.rows * self.channels // (32 * VALUES_PER_THREAD)))
+        return min(16, max(1, self.rows * self.channels // (32 * VALUES_PER_THREAD)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -66,10 +67,11 @@ def plan(
         element_bytes: of one value.
     """
     # Adjacent channels that make whole sectors of 32 bytes, better whole cache lines.
-    widths = [1] if pixels > 1 else [min(triton.next_power_of_2(channels), n // element_bytes) for n in (128, 64, 32)]
+    widths = [1] if pixels > 1 else [min(triton.next_power_of_2(channels), n // element_bytes) for n in (64, 32)]
+    most = min(RESIDENT_VALUES[direction], RESIDENT_BYTES // element_bytes)
     for width in widths:
         rows = triton.next_power_of_2(values)
-        if rows * width <= RESIDENT[direction]:
+        if rows * width <= most:
             slabs = ghosts * triton.cdiv(channels, width)
             return Plan("resident", rows, width, slabs, slabs, 1)
 
@@ -81,8 +83,7 @@ def plan(
     at_once = min(slabs, slabs_in_l2)
     if pixels > 1 and at_once >= device.processors:
         return Plan("reread", rows, width, slabs, at_once, 1)
-    wanted = triton.cdiv(4 * device.processors, at_once)
-    splits = triton.next_power_of_2(min(wanted, triton.cdiv(values, rows)))
+    splits = triton.next_power_of_2(min(triton.cdiv(2 * device.processors, at_once), triton.cdiv(values, rows)))
     return Plan("split", rows, width, slabs, at_once, splits)
 
 
@@ -97,13 +98,24 @@ def _channels(slab, C: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _tile(slab, row, end, values, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _tile(
+    slab,
+    row,
+    end,
+    values,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Where the slab's rows from `row` on lie, and which of them are before `end`: both [ROWS, CHANNELS]."""
     ghost, channels = _channels(slab, C, CHANNELS)
     rows = row + tl.arange(0, ROWS)
-    samples = ghost * (values // P) + rows // P
-    offsets = (samples.to(tl.int64) * (C * P) + rows % P)[:, None] + (channels * P)[None, :]
-    return offsets, (rows < end)[:, None] & (channels < C)[None, :]
+    first = tl.cast(ghost * (values // P), tl.int64) * (C * P)
+    offsets = ((rows // P) * (C * P) + rows % P)[:, None] + (channels * P)[None, :]
+    mask = tl.full([ROWS, CHANNELS], True, tl.int1) if EVEN else (rows < end)[:, None] & (channels < C)[None, :]
+    return first + offsets, mask
 
 
 @triton.jit
@@ -161,13 +173,24 @@ def _merge(mean, squares, count, total):
 
 
 @triton.jit
-def _moments(x, slab, begin, end, values, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _moments(
+    x,
+    slab,
+    begin,
+    end,
+    values,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Mean and sum of squared deviations of some rows of a slab, which stay in L2: Welford's, in every lane of a tile."""
     mean = tl.zeros([ROWS, CHANNELS], tl.float32)
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
     seen = 0.0
     for row in range(begin, end, ROWS):
-        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS)
+        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS, EVEN)
         value = _load(x, offsets, mask, "evict_last")
         seen += 1.0
         deviation = tl.where(mask, value - mean, 0.0)
@@ -206,10 +229,10 @@ def _finish(normalized, residual, y, offsets, mask, RELU: tl.constexpr):
 @triton.jit
 def _normalize_rows(
     x, residual, y, mean, scale, shift, slab, begin, end, values,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     for row in range(begin, end, ROWS):
-        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS)
+        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS, EVEN)
         value = _load(x, offsets, mask, "evict_first")
         _finish(_normalize(value, mean, scale, shift), residual, y, offsets, mask, RELU)
 
@@ -217,36 +240,38 @@ def _normalize_rows(
 @triton.jit
 def _forward(
     x, residual, y, weight, bias, mean_out, variance_out, invstd_out, slabs, values, eps,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Whole slabs; RESIDENT if one fits the tile."""
     for slab in range(tl.program_id(0), slabs, tl.num_programs(0)):
         if RESIDENT:
-            offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS)
+            offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
             value = _load(x, offsets, mask, "evict_first")
             mean, squares = _merge(value, 0.0, mask.to(tl.float32), values)
         else:
-            mean, squares = _moments(x, slab, 0, values, values, C, P, ROWS, CHANNELS)
+            mean, squares = _moments(x, slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
         invstd = _save_statistics(mean, squares, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
         scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
         shift = _parameter(bias, slab, C, CHANNELS, 0.0)
         if RESIDENT:
             _finish(_normalize(value, mean, scale, shift), residual, y, offsets, mask, RELU)
         else:
-            _normalize_rows(x, residual, y, mean, scale, shift, slab, 0, values, values, C, P, RELU, ROWS, CHANNELS)
+            _normalize_rows(
+                x, residual, y, mean, scale, shift, slab, 0, values, values, C, P, RELU, ROWS, CHANNELS, EVEN
+            )
 
 
 @triton.jit
 def _forward_statistics(
     x, means, squares, first_slab, values, values_of_part, entries,
-    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of each part of a slab, into tensors [splits, G, C]."""
     slab, part = first_slab + tl.program_id(0), tl.program_id(1)
     begin = part * values_of_part
     end = tl.minimum(begin + values_of_part, values)
-    mean, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS)
+    mean, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS, EVEN)
     _write(means + part * entries, slab, mean, C, CHANNELS)
     _write(squares + part * entries, slab, square, C, CHANNELS)
 
@@ -255,7 +280,7 @@ def _forward_statistics(
 def _forward_apply(
     x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
     first_slab, values, values_of_part, entries, eps,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Normalise each part of a slab. All its programs merge the parts' statistics and write the same result."""
@@ -269,7 +294,7 @@ def _forward_apply(
     shift = _parameter(bias, slab, C, CHANNELS, 0.0)
     begin = part * values_of_part
     end = tl.minimum(begin + values_of_part, values)
-    _normalize_rows(x, residual, y, mean, scale, shift, slab, begin, end, values, C, P, RELU, ROWS, CHANNELS)
+    _normalize_rows(x, residual, y, mean, scale, shift, slab, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN)
 
 
 @triton.jit
@@ -292,7 +317,7 @@ def _store_dx(dx, gradient, deviation, total, dot, scale, invstd, values, offset
 @triton.jit
 def _sums(
     dy, x, y, dresidual, mean, scale, shift, slab, begin, end, values,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Over some rows of a slab, the sums of the gradient and of its product with x - mean.
 
@@ -302,7 +327,7 @@ def _sums(
     dot = tl.zeros([ROWS, CHANNELS], tl.float32)
     policy: tl.constexpr = "evict_last" if y is None else "evict_first"
     for row in range(begin, end, ROWS):
-        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS)
+        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS, EVEN)
         deviation = _load(x, offsets, mask, "evict_last") - mean[None, :]
         gradient = _gradient(dy, y, deviation, scale, shift, offsets, mask, RELU, policy)
         if y is not None:
@@ -315,10 +340,10 @@ def _sums(
 @triton.jit
 def _dx_rows(
     dy, x, y, dx, dresidual, mean, invstd, scale, shift, total, dot, slab, begin, end, values,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     for row in range(begin, end, ROWS):
-        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS)
+        offsets, mask = _tile(slab, row, end, values, C, P, ROWS, CHANNELS, EVEN)
         deviation = _load(x, offsets, mask, "evict_first") - mean[None, :]
         if y is None:
             gradient = _gradient(dy, None, deviation, scale, shift, offsets, mask, RELU, "evict_first")
@@ -330,7 +355,7 @@ def _dx_rows(
 @triton.jit
 def _backward(
     dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, slabs, values,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Whole slabs; dweight and dbias of each ghost into tensors [G, C]. y is kept where a ReLU followed a residual."""
@@ -339,7 +364,7 @@ def _backward(
         scale = slab_invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
         shift = _parameter(bias, slab, C, CHANNELS, 0.0)
         if RESIDENT:
-            offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS)
+            offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
             deviation = _load(x, offsets, mask, "evict_first") - slab_mean[None, :]
             gradient = _gradient(dy, y, deviation, scale, shift, offsets, mask, RELU, "evict_first")
             if y is not None:
@@ -348,12 +373,12 @@ def _backward(
             _store_dx(dx, gradient, deviation, total, dot, scale, slab_invstd, values, offsets, mask)
         else:
             total, dot = _sums(
-                dy, x, y, dresidual, slab_mean, scale, shift, slab, 0, values, values, C, P, RELU, ROWS, CHANNELS
+                dy, x, y, dresidual, slab_mean, scale, shift, slab, 0, values, values, C, P, RELU, ROWS, CHANNELS, EVEN
             )
             tl.debug_barrier()  # dresidual may be read by other threads than wrote it
             _dx_rows(
                 dy, x, y, dx, dresidual, slab_mean, slab_invstd, scale, shift, total, dot, slab, 0, values, values,
-                C, P, RELU, ROWS, CHANNELS,
+                C, P, RELU, ROWS, CHANNELS, EVEN,
             )  # fmt: skip
         _write(dweight, slab, dot * slab_invstd, C, CHANNELS)
         _write(dbias, slab, total, C, CHANNELS)
@@ -362,7 +387,7 @@ def _backward(
 @triton.jit
 def _backward_sums(
     dy, x, y, weight, bias, mean, invstd, dresidual, totals, dots, first_slab, values, values_of_part, entries,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """`_sums` of each part of a slab, into tensors [splits, G, C]."""
     slab, part = first_slab + tl.program_id(0), tl.program_id(1)
@@ -372,7 +397,7 @@ def _backward_sums(
     end = tl.minimum(begin + values_of_part, values)
     total, dot = _sums(
         dy, x, y, dresidual, _read(mean, slab, C, CHANNELS), scale, shift, slab, begin, end, values,
-        C, P, RELU, ROWS, CHANNELS,
+        C, P, RELU, ROWS, CHANNELS, EVEN,
     )  # fmt: skip
     _write(totals + part * entries, slab, total, C, CHANNELS)
     _write(dots + part * entries, slab, dot, C, CHANNELS)
@@ -382,7 +407,7 @@ def _backward_sums(
 def _backward_apply(
     dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
     first_slab, values, values_of_part, entries,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     slab, part = first_slab + tl.program_id(0), tl.program_id(1)
@@ -397,11 +422,18 @@ def _backward_apply(
     end = tl.minimum(begin + values_of_part, values)
     _dx_rows(
         dy, x, y, dx, dresidual, slab_mean, slab_invstd, scale, shift, total, dot, slab, begin, end, values,
-        C, P, RELU, ROWS, CHANNELS,
+        C, P, RELU, ROWS, CHANNELS, EVEN,
     )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
+
+
+def is_able(x: Tensor, ghost_rows: int) -> bool:
+    """Whether x's device runs the kernels, and the 32 bits suffice in which they count a channel's values, and a ghost's."""
+    largest_ghost = min(x.shape[0], 2 * ghost_rows) * x.shape[1:].numel()
+    is_small = max(largest_ghost, x.shape[0] * x.shape[2:].numel()) < 2**31
+    return is_small and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 @functools.cache
@@ -440,7 +472,18 @@ def _plan(direction: str, x: Tensor, channels_last: bool, ghosts: int, rows: int
     values = rows * pixels
     pixels = 1 if channels_last else pixels
     how = plan(direction, ghosts, values, channels, pixels, x.element_size(), _device(x.device))
-    return how, values, {"C": channels, "P": pixels, "ROWS": how.rows, "CHANNELS": how.channels, "warps": how.warps}
+    return (
+        how,
+        values,
+        {
+            "C": channels,
+            "P": pixels,
+            "ROWS": how.rows,
+            "CHANNELS": how.channels,
+            "EVEN": values % how.rows == 0 and channels % how.channels == 0,
+            "warps": how.warps,
+        },
+    )
 
 
 def _parts(how: Plan, values: int, x: Tensor, entries: int) -> tuple[int, list[Tensor]]:
