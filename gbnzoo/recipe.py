@@ -167,12 +167,17 @@ class GradientNoise(_Section):
     sigma: Annotated[float, Field(gt=0)]
 
 
+class BinaryCrossEntropy(_Section):
+    """The mean over classes of binary cross-entropies; shares of a class above `threshold` then count as 1, the others as 0."""
+
+    threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
 class Recipe(_Section):
     """The science of a run. `rung` picks how much of the paper applies; `seed` fixes everything random.
 
     `statistics: recalibrated` ends the run by putting in place of BatchNorm's running averages the exact mean over the
-    ghosts of its first epoch (precise BN); see `gbnzoo.norm.recalibrate`. `loss: bce` is the mean over classes of binary
-    cross-entropies, for which `bce_threshold` makes shares of a class above it 1 and the others 0.
+    ghosts of its first epoch (precise BN); see `gbnzoo.norm.recalibrate`. The loss is cross-entropy, unless there is `bce`.
     """
 
     model: Model
@@ -180,9 +185,8 @@ class Recipe(_Section):
     base: Base
     optimizer: Optimizer = Optimizer()
     large: Large
-    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    bce_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+    bce: BinaryCrossEntropy | None = None
     gradient_noise: GradientNoise | None = None
     evaluations: PositiveInt = 20
     statistics: Literal["running averages", "recalibrated"] = "running averages"
@@ -190,12 +194,6 @@ class Recipe(_Section):
     rung: RungName = "ra"
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> "Recipe":
-        if self.bce_threshold is not None and self.loss != "bce":
-            raise ValueError(f"bce_threshold {self.bce_threshold} belongs to loss: bce, not to {self.loss}")
-        return self
 
     @property
     def name(self) -> str:

@@ -367,12 +367,12 @@ def sample_losses(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
         logits: [B, classes].
         labels: int64 [B], or shares of the classes [B, classes].
     """
-    if recipe.loss == "cross_entropy":
+    if not recipe.bce:
         return nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="none")
     if labels.dim() == 1:
         labels = nn.functional.one_hot(labels, logits.shape[1]).to(logits)
     labels = labels * (1 - recipe.label_smoothing) + recipe.label_smoothing / logits.shape[1]
-    loss = BinaryCrossEntropy(smoothing=0, target_threshold=recipe.bce_threshold, reduction="none")
+    loss = BinaryCrossEntropy(smoothing=0, target_threshold=recipe.bce.threshold, reduction="none")
     return loss(logits, labels.to(logits)).mean(1)
 
 

@@ -141,6 +141,35 @@ def test_a_copy_counts_its_own_samples(duplicate):
     torch.testing.assert_close(copied(x), expected)
 
 
+class CalledByName(nn.Module):
+    """As the networks of transformers are: images by keyword, and a record of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fold, self.norm = nn.Flatten(0, 1), nn.BatchNorm1d(3)
+
+    def forward(self, labels=None, pixel_values=None):
+        return {"loss": None, "logits": self.norm(self.fold(pixel_values))}
+
+
+def test_a_model_called_by_name_counts_its_samples():
+    model = convert_ghost_batchnorm(CalledByName(), GHOST)
+    x = torch.randn(5, 7, 3)
+    expected = torch.cat([nn.BatchNorm1d(3)(ghost.flatten(0, 1)) for ghost in x.split([2, 3])])
+    torch.testing.assert_close(model(pixel_values=x)["logits"], expected)
+
+
+def test_a_model_of_transformers_trains_ghost_by_ghost():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    model = transformers.ResNetForImageClassification(config).double()
+    twin = split_into_ghosts(copy.deepcopy(model))
+    convert_ghost_batchnorm(model, GHOST)
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(pixel_values=x).logits, twin(pixel_values=x).logits)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
 def test_a_converted_model_compiles_without_graph_breaks():
     model = convert_ghost_batchnorm(nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(3)), GHOST)
     eager = copy.deepcopy(model)

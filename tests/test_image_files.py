@@ -381,8 +381,7 @@ data: {name: photos, image_size: 16, scored_split: validation, transform:
 base: {batch_size: 8, epochs: 2, lr: 5e-3, schedule: cosine, warmup_epochs: 1}
 optimizer: {name: lamb, weight_decay: 0.02, decay_norm_and_bias: false}
 large: {batch_size: 16, ghost_batch_size: 8}
-loss: bce
-bce_threshold: 0.2
+bce: {threshold: 0.2}
 evaluations: 1
 """
 
@@ -479,15 +478,15 @@ def test_losses_by_hand(recipe_file):
     logits = torch.zeros(2, 3, dtype=torch.float64)
     logits[1, 0] = 2
     wrong, right = np.log1p(np.exp(2)), np.log1p(np.exp(-2))
-    recipe = load_recipe(recipe_file, ["bce_threshold=0.2"])
+    recipe = load_recipe(recipe_file, ["bce={threshold: 0.2}"])
     losses = sample_losses(recipe, logits, torch.tensor([1, 0]))
     assert losses.tolist() == pytest.approx([np.log(2), (right + 2 * np.log(2)) / 3])
     # Shares above 0.2 count in full, whatever they are.
     shares = torch.tensor([[0.0, 0.3, 0.7], [0.1, 0.9, 0.0]])
     assert sample_losses(recipe, logits, shares).tolist() == pytest.approx([np.log(2), (wrong + 2 * np.log(2)) / 3])
-    smooth = load_recipe(recipe_file, ["bce_threshold=null", "label_smoothing=0.3"])
+    smooth = load_recipe(recipe_file, ["bce={}", "label_smoothing=0.3"])
     expected = (0.8 * right + 0.2 * wrong + 2 * np.log(2)) / 3  # 1 - 0.3 + 0.3 / 3
     assert sample_losses(smooth, logits, torch.tensor([1, 0]))[1].item() == pytest.approx(expected)
-    entropy = load_recipe(recipe_file, ["loss=cross_entropy", "bce_threshold=null"])
+    entropy = load_recipe(recipe_file, ["bce=null"])
     assert sample_losses(entropy, logits, torch.tensor([1, 0]))[0].item() == pytest.approx(np.log(3))
     assert sample_losses(entropy, logits, torch.eye(3)[:2])[0].item() == pytest.approx(np.log(3))

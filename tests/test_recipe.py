@@ -91,7 +91,7 @@ def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
         ),
         ("data={name: x, image_size: 8, transform: {hflip: -1}}", "hflip: given -1, wanted greater than or equal to 0"),
         ("data={name: x, holdout: 9, scored_split: test}", "scored_split test and holdout 9: give one of them"),
-        ("bce_threshold=0.2", "bce_threshold 0.2 belongs to loss: bce, not to cross_entropy"),
+        ("bce={threshold: 1}", "bce.threshold: given 1, wanted less than 1"),
         ("base.lr.x=1", "base.lr.x=1'?: .*lr is a value and has no keys below it"),
         ("base.lr", "wanted key=value with a dotted key"),
         ("base.lr=[", "override 'base.lr=\\['"),

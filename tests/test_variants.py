@@ -28,12 +28,14 @@ from timm.models.levit import LinearNorm
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gbnzoo import revert_ghost_batchnorm
 from gbnzoo.models import variants
 from gbnzoo.norm import _GhostBatchNorm, become_ghosts, count_samples
 
 SAMPLES, GHOST = 4, 2
+COMPAT = Path(__file__).parents[1] / "hub" / "compat.csv"
 IMAGE_SIZES = (64, 96, 128, 160, 192, 224, 256)
 BATCH_NORM_COUNTS = variants.batch_norm_counts()
 NAMES = [name for name, count in BATCH_NORM_COUNTS.items() if count and timm.is_model(name)]  # an older timm has fewer
@@ -168,6 +170,16 @@ def test_the_list_is_what_timm_holds(name):
     assert BATCH_NORM_COUNTS[name] == batch_norms(name)
 
 
+def test_the_table_of_all_twins_is_whole():
+    with open(COMPAT, newline="") as file:
+        rows = {row["architecture"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {name for name, count in BATCH_NORM_COUNTS.items() if count}
+    assert len(rows) == 743
+    for name, row in rows.items():
+        assert int(row["norm_layers"]) == BATCH_NORM_COUNTS[name]
+        assert row["result"] == "pass" or row["reason"]
+
+
 def test_a_timm_that_is_newer_than_the_list_is_told_of(monkeypatch, caplog):
     monkeypatch.setattr(timm, "list_models", lambda: ["brand_new_net"])
     variants.register_twins()
@@ -268,6 +280,32 @@ def test_scriptable_twins_script(name):
     twin = timm.create_model(f"{name}_gbn", ghost_batch_size=GHOST, scriptable=True, exportable=True).eval()
     x = torch.randn(SAMPLES, *twin.pretrained_cfg["input_size"])
     assert torch.equal(torch.jit.script(twin)(x), twin(x))
+
+
+@pytest.mark.parametrize("config", ["exportable", "scriptable"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "levit_128s"])
+def test_layer_configurations_reach_the_twin(name, config):
+    original, twin = (timm.create_model(each, **{config: True}) for each in (name, f"{name}_gbn"))
+    for module, other in zip(twin.modules(), original.modules(), strict=True):
+        assert type(module) is type(other) or type(module).__bases__[-1] is type(other)
+
+
+def test_a_twin_exports_and_fuses_as_its_original():
+    original, twin = (timm.create_model(name).eval() for name in ("test_resnet", "test_resnet_gbn"))
+    twin.load_state_dict(original.state_dict())
+    x = torch.randn(SAMPLES, 3, 64, 64)
+    with torch.no_grad():
+        expected = original(x)
+        assert torch.equal(torch.export.export(twin, (x,)).module()(x), expected)
+        fused = [fuse_conv_bn_eval(model.conv1[0], model.conv1[1]) for model in (twin, original)]
+        assert torch.equal(fused[0](x), fused[1](x))
+
+
+def test_a_twin_compiles_for_training_without_graph_breaks():
+    twin = timm.create_model("test_resnet_gbn", ghost_batch_size=GHOST)
+    eager, x = copy.deepcopy(twin), torch.randn(SAMPLES + 1, 3, 64, 64)
+    torch.testing.assert_close(torch.compile(twin, fullgraph=True, backend="aot_eager")(x), eager(x))
+    torch.testing.assert_close(twin.state_dict(), eager.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
@@ -379,4 +417,4 @@ def write_compat(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_compat(Path(__file__).parents[1] / "hub" / "compat.csv")
+    write_compat(COMPAT)
