@@ -178,10 +178,13 @@ def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for seconds in (1, 2, 4, 8):
         try:
             return call(*args, **kwargs)
-        except HfHubHTTPError as error:
-            if (status := error.response.status_code) != 429 and status < 500:
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            # Where a file could not be had at all, the Hub's answer is in the cause.
+            response = getattr(error, "response", None)
+            response = getattr(error.__cause__, "response", None) if response is None else response
+            if response is None or (response.status_code != 429 and response.status_code < 500):
                 raise
-            asked = error.response.headers.get("Retry-After", "")
+            asked = response.headers.get("Retry-After", "")
             time.sleep(min(int(asked), _LONGEST_WAIT_SECONDS) if asked.isdecimal() else seconds)
     return call(*args, **kwargs)
 

@@ -10,11 +10,13 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from hub_server import READER, WRITER, HubServer
 from hub_worker import Worker
+from packaging.version import Version
 from safetensors.torch import save
 from small_run import CLASS_NAMES, finished_run, random_weights, small_recipe
 
@@ -25,6 +27,7 @@ from gbnzoo.weights import WEIGHTS_FILE
 NAME = "resnet8_thin_gbn.shapes_gbn8"
 TWIN = "test_resnet_gbn.shapes_gbn8"
 REPO = f"gbnzoo/{NAME}"
+IS_OLD_CLIENT = Version(huggingface_hub.__version__) < Version("1")
 
 PUBLISH = """
 from typer.testing import CliRunner
@@ -491,7 +494,7 @@ def test_a_busy_or_failing_hub_is_waited_for(hub, consumer, folder, tmp_path):
     assert consumer(LOAD, name=NAME, cache=str(tmp_path)).result == hashes()
     busy, failing, served = asked(hub, "GET", "/store/")
     assert (busy.status, failing.status, served.status) == (429, 500, 200)
-    assert failing.seconds - busy.seconds >= 3
+    assert failing.seconds - busy.seconds >= (1 if IS_OLD_CLIENT else 3)  # which waits, if not as long as it is told
 
 
 def test_a_download_that_was_cut_goes_on_where_it_stopped_and_its_hash_is_verified(hub, consumer, tmp_path):
@@ -505,6 +508,8 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped_and_its_hash_is_verifi
     in_two_parts = [(0, None), (206, f"bytes={10 * 2**20}-")]
     hub.order("GET", "/store/", cut_after=11_000_000)
     load = {"name": "mlp5_gbn.shapes_gbn8", "cache": str(tmp_path / "cache")}
+    if IS_OLD_CLIENT:  # it gives up, and goes on when it is asked again
+        assert consumer(LOAD, **load).error == "WeightsNotFoundError"
     assert consumer(LOAD, **load).result == wanted
     assert [(r.status, r.range) for r in asked(hub, "GET", "/store/")] == in_two_parts
 
@@ -514,6 +519,8 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped_and_its_hash_is_verifi
     hub.log.clear()
     hub.order("GET", "/store/", cut_after=11_000_000)
     hub.order("GET", "/store/", before=lambda: hub.objects.update({sha256: right[:-4] + bytes(4)}))
+    if IS_OLD_CLIENT:
+        assert consumer(LOAD, **load).error == "WeightsNotFoundError"
     reply = consumer(LOAD, **load)
     assert [(r.status, r.range) for r in asked(hub, "GET", "/store/")] == in_two_parts
     assert reply.error == "WeightsError"
@@ -540,6 +547,7 @@ def test_without_a_connection_the_cache_serves_and_else_the_error_says_what_woul
     assert (reply.result, "What would help: publishing again" in reply.said) == (2, True)
 
 
+@pytest.mark.skipif(IS_OLD_CLIENT, reason="huggingface_hub before 1.0 reads nothing from hf_xet's folder stores")
 def test_xet_carries_the_weights_both_ways(hub, folder, tmp_path):
     """Chunked and deduplicated by hf_xet, into a store that is a folder."""
     hf_xet = pytest.importorskip("hf_xet", reason="needs hf_xet")
