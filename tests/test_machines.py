@@ -181,11 +181,11 @@ def test_sigterm_to_accelerate_saves_and_ends_its_processes(tmp_path, launcher, 
     more = ["--processes", str(processes), "--checkpoint-seconds", "600", "base.epochs=200"]
     process = start(command(*launcher, out=tmp_path, more=more))
     try:
-        wait_until(has_rows(tmp_path, 3), timeout=120)
+        wait_until(has_rows(tmp_path, 3))
         started = children(process.pid)
         assert len(started) == processes
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=120)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
     finally:
         end(process)
