@@ -210,13 +210,16 @@ class _GhostBatchNorm(_BatchNorm):
         if self.momentum is None:
             total = self.num_batches_tracked.to(mean.dtype) + counted
             keep, weights = 1 - counted / total, (1 / total).expand(ghosts)
+            for running, ghost in ((self.running_mean, mean), (self.running_var, var)):
+                running.copy_(keep * running.to(ghost.dtype) + (weights.unsqueeze(1) * ghost).sum(0))
         else:
-            later_ghosts = self.world_size * torch.arange(ghosts - 1, -1, -1, device=mean.device, dtype=mean.dtype)
-            later_ghosts = later_ghosts + (self.world_size - 1 - self.rank)
-            keep = torch.full_like(later_ghosts[0], (1 - self.momentum) ** counted)
-            weights = self.momentum * (1 - self.momentum) ** later_ghosts
-        for running, ghost in ((self.running_mean, mean), (self.running_var, var)):
-            running.copy_(keep * running.to(ghost.dtype) + (weights.unsqueeze(1) * ghost).sum(0))
+            later_ghosts = torch.arange(
+                counted - 1 - self.rank, -1 - self.rank, -self.world_size, device=mean.device, dtype=mean.dtype
+            )
+            keep, weights = (1 - self.momentum) ** counted, (1 - self.momentum) ** later_ghosts
+            for running, ghost in ((self.running_mean, mean), (self.running_var, var)):
+                wide = running.to(ghost.dtype)
+                running.copy_(wide.addmv_(ghost.t(), weights, beta=keep, alpha=self.momentum))
         self.num_batches_tracked.add_(counted)
 
     def reset_running_stats(self) -> None:
