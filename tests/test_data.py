@@ -23,6 +23,7 @@ from gbnzoo.data import (
     keyed_bits,
     keyed_normal,
     load_images,
+    scored_split,
 )
 
 
@@ -374,6 +375,15 @@ def test_validation_without_holdout_is_the_sources_own(image_parquet):
     assert len(load_images("own", "validation", data_dir=root)) == 10
     with pytest.raises(ValueError, match=r"cifar10 has no split 'validation', only .*; data.holdout: N keeps N"):
         load_images("cifar10", "validation", data_dir=image_parquet())
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("cifar10", "test"), ("imagenet", "validation"), ("ILSVRC/imagenet-1k", "validation"), ("imagefolder", "test")],
+)
+def test_imagenet_is_scored_on_its_validation_split(name, split):
+    """The labels of its test split are not public."""
+    assert scored_split(name) == split
 
 
 @pytest.mark.parametrize("holdout", [-1, 40, 1000])
