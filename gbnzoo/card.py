@@ -396,13 +396,19 @@ def check_card(text: str) -> ModelCard:
     return card
 
 
-def model_card(config: Mapping[str, Any], recipe: Recipe, results: Sequence[Mapping[str, str]]) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    results: Sequence[Mapping[str, str]],
+    recipe_yaml: str | None = None,
+) -> str:
     """README.md of a hub folder.
 
     Args:
         config: content of its config.json.
         recipe: of the run whose weights it holds.
         results: rows of hub/results.csv, that of these weights among them.
+        recipe_yaml: content of its recipe.yaml, which keys that recipes have got since do not change; None writes it anew.
 
     Raises:
         ValueError: if it is not among them.
@@ -424,7 +430,7 @@ def model_card(config: Mapping[str, Any], recipe: Recipe, results: Sequence[Mapp
         "## Model Details",
         _details(config, row, dataset),
         "## Training",
-        _training(config, row, recipe),
+        _training(config, row, recipe, recipe_yaml or recipe.to_yaml()),
         "## Results",
         _results(config, row, recipe, dataset, ladder),
         "## Usage",
@@ -490,7 +496,7 @@ def _details(config: Mapping[str, Any], row: Mapping[str, str], dataset: Dataset
     return "\n".join(f"- **{name}:** {fact}" for name, fact in facts.items())
 
 
-def _training(config: Mapping[str, Any], row: Mapping[str, str], recipe: Recipe) -> str:
+def _training(config: Mapping[str, Any], row: Mapping[str, str], recipe: Recipe, recipe_yaml: str) -> str:
     num_samples = config["gbn"]["num_samples"]
     regime = recipe.regime(num_samples)
     ghosts = f"{regime.num_ghosts} ghosts of {regime.ghost_batch_size}" if regime.num_ghosts > 1 else "no ghosts"
@@ -520,7 +526,7 @@ def _training(config: Mapping[str, Any], row: Mapping[str, str], recipe: Recipe)
         (
             "\n".join(("| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items()))),
             f"The same again: `gbnzoo train {row['recipe']}`. Every key of the recipe:",
-            f"```yaml\n{recipe.to_yaml().strip()}\n```",
+            f"```yaml\n{recipe_yaml.strip()}\n```",
         )
     )
 

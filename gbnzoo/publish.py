@@ -242,8 +242,9 @@ def refresh(hub: str | Path = "hub") -> None:
     hub = Path(hub)
     results = read_results(hub / "results.csv")
     for path in hub.glob("*/config.json"):
-        config, recipe = json.loads(path.read_text(encoding="utf-8")), load_recipe(path.with_name("recipe.yaml"))
-        _replace(path.with_name("README.md"), model_card(config, recipe, results))
+        config, recipe = json.loads(path.read_text(encoding="utf-8")), path.with_name("recipe.yaml")
+        text = recipe.read_text(encoding="utf-8")
+        _replace(path.with_name("README.md"), model_card(config, load_recipe(recipe), results, text))
     rows = collection_rows(results, hub)
     _replace(hub / "README.md", collection_markdown(rows))
     _replace(hub / "index.html", collection_page(rows))

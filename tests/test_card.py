@@ -276,7 +276,8 @@ def test_the_cards_in_hub_agree_with_the_csv(folder):
     card = check_card((folder / "README.md").read_text())
     assert disagreements(card, row) == []
     config = json.loads((folder / "config.json").read_text())
-    assert str(card) == model_card(config, load_recipe(folder / "recipe.yaml"), rows), "run `gbnzoo publish`"
+    recipe = folder / "recipe.yaml"
+    assert str(card) == model_card(config, load_recipe(recipe), rows, recipe.read_text()), "run `gbnzoo publish`"
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,17 @@ def test_the_index_has_a_row_for_each_published_weight(tmp_path, hub):
     assert page.index(f">{ra}</a>") < page.index(f">{NAME}</a>")
 
 
+def test_a_card_keeps_the_recipe_that_lies_beside_it(tmp_path, hub):
+    """Recipes get keys in later versions; published ones stay what was published."""
+    folder = publish(finished_run(tmp_path), hub)
+    older = "".join(
+        line for line in (folder / "recipe.yaml").read_text().splitlines(True) if not line.startswith("label_smoothing")
+    )
+    (folder / "recipe.yaml").write_text(older)
+    refresh(hub)
+    assert f"```yaml\n{older.strip()}\n```" in (folder / "README.md").read_text()
+
+
 def test_cards_and_index_are_generated_again(tmp_path, hub):
     folder = publish(finished_run(tmp_path), hub)
     files = [folder / "README.md", hub / "README.md", hub / "index.html"]
