@@ -29,7 +29,7 @@ constexpr int kLanes = 4;
 #endif
 
 // Bytes. Measured on one core of Zen 4 and Zen 5; all four are flat around these values.
-constexpr int64_t kAhead = 4096;            // from what is computed on to what is prefetched
+constexpr int64_t kAhead = 8192;            // from what is computed on to what is prefetched
 constexpr int64_t kBlock = 64 << 10;        // of the rows crossed by one strip of columns after the other
 constexpr int64_t kGhostInL3 = 8 << 20;     // a channels-last ghost above this is cut into columns
 constexpr int64_t kStreamedOutput = 24 << 20;  // an output above this would only push other things out of the cache
@@ -159,10 +159,17 @@ inline Vec first(Vec v, int64_t lanes) {
 inline Vec relu(Vec v) { return v < 0 ? Vec{} : v; }
 inline Vec relu_gradient(Vec before, Vec dy) { return before <= 0 ? Vec{} : dy; }
 
-template <int V, class T>
+template <int V, bool WRITE = false, class T>
 inline void prefetch(const T* p) {
   constexpr int kBytes = V * kLanes * sizeof(T);
-  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch((const char*)p + b);
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch((const char*)p + b, WRITE);
+}
+
+// Where rows are written that the processor does not foresee, last to first: up to a third of the time of a forward pass. Rows
+// of channels-last layouts are crossed from first to last, and it only costs.
+template <int V, bool SHARED, bool STREAM, class T>
+inline void prefetch_output(T* p) {
+  if (SHARED && !STREAM) prefetch<V, true>(p);
 }
 
 // ----------------------------------------------------------------------------------------------------------- layouts
@@ -359,6 +366,7 @@ struct Normalize {
     T* const to = y;
     for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
       if (ADD) prefetch<V>(other + i + s.ahead);
+      prefetch_output<V, SHARED, STREAM>(to + i + s.ahead);
       for (int v = 0; v < V; ++v) {
         Vec value = (load<PART>(from + i + v * kLanes, s.lanes) - m[v]) * a[v] + b[v];
         if (ADD) value += load<PART>(other + i + v * kLanes, s.lanes);
@@ -443,6 +451,7 @@ struct GradientApply {
     T* const to = dx;
     const Incoming<T, ADD, RELU> in = incoming;
     for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
+      prefetch_output<V, SHARED, STREAM>(to + i + s.ahead);
       for (int v = 0; v < V; ++v) {
         const int64_t at = i + v * kLanes;
         const Vec centred = load<PART>(from + at, s.lanes) - m[v];
