@@ -162,14 +162,15 @@ def _parameter(parameter, slab, C: tl.constexpr, CHANNELS: tl.constexpr, DEFAULT
 
 @triton.jit
 def _merge(mean, squares, count, total):
-    """Mean and sum of squared deviations of the union of parts along axis 0, from the parts' own and their counts.
+    """Mean, what rounding it left over, and sum of squared deviations of all parts along axis 0, from those of each part.
 
-    The mean is taken twice, the second time of what the first left over: rounding its sum has cost it digits.
+    The mean is taken twice, the second time of what the first one missed: rounding its sum has cost it digits.
     """
     rough = tl.sum(mean * count, 0) / total
-    mean_of_all = rough + tl.sum((mean - rough[None, :]) * count, 0) / total
+    missed = tl.sum((mean - rough[None, :]) * count, 0) / total
+    mean_of_all = rough + missed
     deviation = mean - mean_of_all[None, :]
-    return mean_of_all, tl.sum(squares + deviation * deviation * count, 0)
+    return mean_of_all, (rough - mean_of_all) + missed, tl.sum(squares + deviation * deviation * count, 0)
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def _moments(
     CHANNELS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of some rows of a slab, which stay in L2: Welford's, in every lane of a tile."""
+    """`_merge` of some rows of a slab, which stay in L2: by Welford's algorithm in every lane of a tile."""
     mean = tl.zeros([ROWS, CHANNELS], tl.float32)
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
     seen = 0.0
@@ -248,12 +249,12 @@ def _forward(
         if RESIDENT:
             offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
             value = _load(x, offsets, mask, "evict_first")
-            mean, squares = _merge(value, 0.0, mask.to(tl.float32), values)
+            mean, rest, squares = _merge(value, 0.0, mask.to(tl.float32), values)
         else:
-            mean, squares = _moments(x, slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
+            mean, rest, squares = _moments(x, slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
         invstd = _save_statistics(mean, squares, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
         scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
-        shift = _parameter(bias, slab, C, CHANNELS, 0.0)
+        shift = _parameter(bias, slab, C, CHANNELS, 0.0) - rest * scale
         if RESIDENT:
             _finish(_normalize(value, mean, scale, shift), residual, y, offsets, mask, RELU)
         else:
@@ -271,7 +272,7 @@ def _forward_statistics(
     slab, part = first_slab + tl.program_id(0), tl.program_id(1)
     begin = part * values_of_part
     end = tl.minimum(begin + values_of_part, values)
-    mean, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS, EVEN)
+    mean, _, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS, EVEN)
     _write(means + part * entries, slab, mean, C, CHANNELS)
     _write(squares + part * entries, slab, square, C, CHANNELS)
 
@@ -288,10 +289,10 @@ def _forward_apply(
     means = _read_parts(means, entries, slab, C, CHANNELS, SPLITS)
     squares = _read_parts(squares, entries, slab, C, CHANNELS, SPLITS)
     count = tl.minimum(tl.maximum(values - tl.arange(0, SPLITS) * values_of_part, 0), values_of_part)
-    mean, square = _merge(means, squares, count.to(tl.float32)[:, None], values)
+    mean, rest, square = _merge(means, squares, count.to(tl.float32)[:, None], values)
     invstd = _save_statistics(mean, square, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
     scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
-    shift = _parameter(bias, slab, C, CHANNELS, 0.0)
+    shift = _parameter(bias, slab, C, CHANNELS, 0.0) - rest * scale
     begin = part * values_of_part
     end = tl.minimum(begin + values_of_part, values)
     _normalize_rows(x, residual, y, mean, scale, shift, slab, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN)
