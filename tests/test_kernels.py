@@ -1,8 +1,11 @@
 """The CPU kernels, one for each instruction set, against torch's BatchNorm on each ghost in float64."""
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +292,33 @@ def test_environment_turns_kernels_off():
     environment = os.environ | {"GBNZOO_KERNELS": "0"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == "None\n"
+
+
+def test_without_a_compiler_the_package_installs_and_trains_and_says_so_once(tmp_path):
+    root = Path(__file__).parents[1]
+    for name in ("gbnzoo", "recipes"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    without_compiler = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
+    build = "from setuptools import build_meta; import os; os.rename(build_meta.build_wheel('.'), 'installed.whl')"
+    train = (
+        "import torch, gbnzoo as g; l = g.GhostBatchNorm1d(3, ghost_batch_size=4); l(l(torch.randn(8, 3))); print(g)"
+    )
+
+    def run(code):
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=tmp_path, env=without_compiler, capture_output=True, text=True, check=True)
+
+    run(build)
+    with zipfile.ZipFile(tmp_path / "installed.whl") as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
+        wheel.extractall(tmp_path / "installed")
+    without_compiler["PYTHONPATH"] = str(tmp_path / "installed")
+    shutil.rmtree(tmp_path / "gbnzoo")
+    trained = run(train)
+    assert str(tmp_path / "installed") in trained.stdout
+    assert trained.stderr.count("without its compiled CPU kernels") == 1
 
 
 def test_missing_kernels_are_mentioned_once(monkeypatch, caplog):
