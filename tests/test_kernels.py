@@ -303,6 +303,7 @@ def test_without_a_compiler_the_package_installs_and_trains_and_says_so_once(tmp
     without_compiler = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
     build = "from setuptools import build_meta; import os; os.rename(build_meta.build_wheel('.'), 'installed.whl')"
     train = (
+        "import importlib.metadata as m; m.distributions = lambda **_: []; "  # none but this one
         "import torch, gbnzoo as g; l = g.GhostBatchNorm1d(3, ghost_batch_size=4); l(l(torch.randn(8, 3))); print(g)"
     )
 
@@ -318,7 +319,31 @@ def test_without_a_compiler_the_package_installs_and_trains_and_says_so_once(tmp
     shutil.rmtree(tmp_path / "gbnzoo")
     trained = run(train)
     assert str(tmp_path / "installed") in trained.stdout
-    assert trained.stderr.count("without its compiled CPU kernels") == 1
+    assert trained.stderr.count("no compiled CPU kernels") == 1
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="no kernel was compiled")
+def test_a_checkout_runs_the_kernels_that_were_installed_from_its_sources(tmp_path):
+    package = Path(kernels.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "installed" / "gbnzoo")
+    (tmp_path / "installed" / "gbnzoo-0.dist-info").mkdir()
+    (tmp_path / "installed" / "gbnzoo-0.dist-info" / "METADATA").write_text("Name: gbnzoo\nVersion: 0\n")
+    checkout = tmp_path / "checkout" / "gbnzoo"
+    shutil.copytree(package, checkout, ignore=shutil.ignore_patterns("*.so"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (checkout.parent, tmp_path / "installed")))}
+
+    def has_kernels():
+        code = "from gbnzoo.kernels import cpu; print(cpu.__file__); print(cpu.LIBRARY is not None)"
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        file, answer = run.stdout.split()
+        assert Path(file).is_relative_to(checkout)
+        return answer == "True"
+
+    assert has_kernels()
+    with open(checkout / "kernels" / "ghost_norm.cpp", "a") as source:
+        source.write("// of another version\n")
+    assert not has_kernels()
 
 
 def test_missing_kernels_are_mentioned_once(monkeypatch, caplog):

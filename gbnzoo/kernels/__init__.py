@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ def pick(
 @functools.cache
 def _say_none_was_built() -> None:
     logging.getLogger(__name__).warning(
-        "gbnzoo was installed without its compiled CPU kernels: ghost norm takes the slower path through torch's operators."
-        " With a C++ compiler at hand, reinstall it; GBNZOO_KERNELS=0 silences this"
+        "gbnzoo in %s has no compiled CPU kernels: ghost norm takes the slower path through torch's operators."
+        " With a C++ compiler at hand, install it again from its sources; GBNZOO_KERNELS=0 silences this",
+        Path(__file__).parents[1],
     )

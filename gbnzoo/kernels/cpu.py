@@ -4,9 +4,13 @@ The operators have fake implementations, so torch.compile and torch.export trace
 `reference.ghost_batch_norm`.
 """
 
+import contextlib
 import ctypes
+import filecmp
+from collections.abc import Iterator
 from ctypes import c_float, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -21,10 +25,22 @@ _SHAPE = [c_int64, c_int64, c_int64, c_int64, c_int, c_int, c_int64]
 _ARGUMENTS = {"forward": [*_SHAPE, c_float, *[c_void_p] * 8], "backward": [*_SHAPE, *[c_void_p] * 11]}
 
 
+def _folders() -> Iterator[Path]:
+    """Where compiled kernels may lie: here, and for a checkout where its very sources were installed."""
+    here = Path(__file__).parent
+    yield here
+    for installed in distributions(name="gbnzoo"):
+        folder = Path(str(installed.locate_file("gbnzoo/kernels")))
+        sources = ("cpu.py", "ghost_norm.cpp")
+        with contextlib.suppress(OSError):
+            if all(filecmp.cmp(here / name, folder / name, shallow=False) for name in sources):
+                yield folder
+
+
 def load(instruction_set: str) -> ctypes.CDLL | None:
     """The kernel compiled for an instruction set; None if it was not compiled or this processor cannot run it."""
-    folder = Path(__file__).parent
-    paths = [folder / f"_ghost_norm_{instruction_set}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    names = [f"_ghost_norm_{instruction_set}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    paths = [folder / name for folder in _folders() for name in names]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return None
