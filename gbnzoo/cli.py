@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gbnzoo import report, train
-from gbnzoo.data import load_images
+from gbnzoo.data import data_folder, load_images, num_train_images
 from gbnzoo.metrics import evaluate
 from gbnzoo.publish import publish, record_result, refresh
 from gbnzoo.recipe import load_recipe
@@ -26,7 +26,7 @@ app.command("train")(train.main)
 QUICKSTART_RECIPE, QUICKSTART_OVERRIDES = "recipes/digits/resnet8_thin_gbn.yaml", ()
 
 RecipePath = Annotated[str, typer.Argument(help="YAML file, e.g. recipes/mnist/mlp5_gbn.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="single keys, e.g. base.epochs=10")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="single keys, e.g. large.batch_size=2048")]
 DataDir = Annotated[Path | None, typer.Option(help="folder with the data set; else GBNZOO_DATA, else the Hub")]
 Out = Annotated[Path, typer.Option(help="where the runs' folders are made")]
 Hub = Annotated[Path, typer.Option(help="where hub folders and results.csv are kept")]
@@ -68,12 +68,17 @@ def plan(
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="devices")] = 1,
     micro_batch_size: Annotated[int | None, typer.Option(help="samples of one forward pass on one device")] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="training images; else the data set is opened")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="training images; else known by the set's name, or counted in the data")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
     """Print what a run of each rung will do, before it does it."""
     with plain_errors():
         recipes = [load_recipe(recipe, overrides or (), rung=rung) for rung in RUNGS]
+        train.check_recipe(recipes[0])
+        if not (num_samples or data_folder(data_dir)):  # a folder may hold fewer images
+            num_samples = num_train_images(recipes[0].data.name, recipes[0].data.holdout)
         num_samples = num_samples or len(train.load_sets(recipes[0], data_dir)[0])
         what = f"{recipes[0].model.name} on {recipes[0].data.name}"
         print(f"{recipe}: {what}, {num_samples:,} training images, {processes} process(es)\n")

@@ -85,6 +85,7 @@ DATASETS = {
         scored_split="validation",
     ),
 }
+NUM_TRAIN_IMAGES = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "digits": 1297}
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,6 +267,12 @@ def kept_of_source(name: str, labels: Tensor, split: str, holdout: int) -> Tenso
 def scored_split(name: str) -> str:
     """The split of a set that a model is scored on."""
     return next((spec.scored_split for known, spec in DATASETS.items() if name in (known, spec.hub_id)), "test")
+
+
+def num_train_images(name: str, holdout: int) -> int | None:
+    """How many images of a known set are trained on, without its data; None where only the data can tell."""
+    known = {DATASETS[key].hub_id or key: count for key, count in NUM_TRAIN_IMAGES.items()} | NUM_TRAIN_IMAGES
+    return count - holdout if (count := known.get(name, 0)) > holdout else None
 
 
 def find_spec(name: str, folder: Path | None, given: dict[str, Any]) -> tuple[str, DatasetSpec]:

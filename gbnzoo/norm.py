@@ -280,7 +280,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _checked(ghost_batch_size: int | None) -> int | None:
-    if ghost_batch_size is not None and (not isinstance(ghost_batch_size, int) or ghost_batch_size < 1):
+    is_integer = isinstance(ghost_batch_size, int) and not isinstance(ghost_batch_size, bool)
+    if ghost_batch_size is not None and not (is_integer and ghost_batch_size > 0):
         raise ValueError(
             f"ghost_batch_size {ghost_batch_size!r}: wanted a positive integer, or None for plain BatchNorm"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -31,11 +31,38 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _not_among_args(**owners: str) -> Any:
+    """A validator that refuses, in a section's `args`, what is given elsewhere."""
+
+    def refuse(args: dict[str, Scalar]) -> dict[str, Scalar]:
+        for key in args.keys() & owners:
+            raise ValueError(f"{key} is not given here; wanted {owners[key]}")
+        return args
+
+    return field_validator("args")(refuse)
+
+
 class Model(_Section):
     """A registered timm architecture and keyword arguments for its entry point."""
 
     name: str
     args: dict[str, Scalar] = {}
+
+    _args_of_others = _not_among_args(
+        ghost_batch_size="large.ghost_batch_size",
+        num_classes="data.num_classes, or what the data have",
+        in_chans="data whose images have so many channels",
+        pretrained="none of it, a run starts from random weights",
+        pretrained_cfg_overlay="none of it, the data say what it holds",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _has_no_tag(cls, name: str) -> str:
+        architecture, dot, _ = name.partition(".")
+        if dot:
+            raise ValueError(f"{name!r} names weights, and a run starts from random ones; wanted {architecture!r}")
+        return name
 
 
 class Transform(_Section):
@@ -117,6 +144,14 @@ class Base(_Section):
             raise ValueError(f"milestones belong to schedule: milestones, not to {self.schedule}")
         if isinstance(self.lr_decay, tuple) and len(self.lr_decay) != len(self.milestones):
             raise ValueError(f"lr_decay has {len(self.lr_decay)} factors for {len(self.milestones)} milestones")
+        factors = self.lr_decay if isinstance(self.lr_decay, tuple) else (self.lr_decay,)
+        if not all(factor > 0 for factor in factors):
+            raise ValueError(f"lr_decay: given {', '.join(f'{factor:g}' for factor in factors)}, wanted greater than 0")
+        if self.milestones and self.milestones[-1] > self.epochs:
+            raise ValueError(
+                f"milestones {list(self.milestones)} go beyond epochs {self.epochs:g}; wanted none above it, such as"
+                " base.milestones=[]"
+            )
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is longer than epochs {self.epochs}")
         return self
@@ -140,6 +175,14 @@ class Optimizer(_Section):
     decay_norm_and_bias: bool = True
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     args: dict[str, Scalar] = {}
+
+    _args_of_others = _not_among_args(
+        lr="base.lr",
+        weight_decay="optimizer.weight_decay",
+        momentum="optimizer.momentum",
+        nesterov="optimizer.nesterov",
+        filter_bias_and_bn="optimizer.decay_norm_and_bias",
+    )
 
 
 class Large(_Section):
@@ -192,8 +235,27 @@ class Recipe(_Section):
     statistics: Literal["running averages", "recalibrated"] = "running averages"
     tag: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] | None = None
     rung: RungName = "ra"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+
+    _path: str = PrivateAttr("recipe")
+
+    @model_validator(mode="after")
+    def _large_is_larger(self) -> "Recipe":
+        if self.large.batch_size < self.base.batch_size:
+            raise ValueError(
+                f"large.batch_size {self.large.batch_size} is smaller than base.batch_size {self.base.batch_size}; wanted a"
+                " larger one, or a smaller base.batch_size"
+            )
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever they were read."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def error(self, problem: object) -> RecipeError:
+        """What to raise where something that was read turns out wrong later: it names the file too."""
+        return RecipeError(f"{self._path}: {problem}")
 
     @property
     def name(self) -> str:
@@ -207,7 +269,17 @@ class Recipe(_Section):
         return f"{self.name}-seed{self.seed}"
 
     def regime(self, num_samples: int) -> Regime:
-        """The regime of the recipe's rung on a training set of `num_samples`."""
+        """The regime of the recipe's rung on a training set of `num_samples`.
+
+        Raises:
+            RecipeError: if no update would be made.
+        """
+        try:
+            return self._derived_regime(num_samples)
+        except ValueError as error:
+            raise self.error(f"base.epochs: {error}") from None
+
+    def _derived_regime(self, num_samples: int) -> Regime:
         return derive_regime(
             self.rung,
             num_samples=num_samples,
@@ -242,23 +314,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **settings: Any
     Args:
         path: YAML file; one that does not exist is also looked for among the recipes that ship with the package, under the
             same path (`recipes/mnist/mlp5_gbn.yaml`).
-        overrides: `key=value` pairs with dotted keys and YAML values, e.g. `base.epochs=10`.
+        overrides: `key=value` pairs with dotted keys and YAML values, e.g. `large.batch_size=2048`.
         settings: top-level keys to set (`rung`, `seed`); None leaves the file's value.
 
     Raises:
         RecipeError: if the file is missing or anything in it is wrong.
     """
     path = find_recipe(path)
-    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8; wanted the file saved as UTF-8 text") from None
+    content = _parse(text, str(path))
     if not isinstance(content, Mapping):
         raise RecipeError(f"{path}: wanted keys and values (model:, data:, base:, large:), found {_shown(content)}")
     for override in overrides:
         _apply(content, override)
     content |= {key: value for key, value in settings.items() if value is not None}
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    recipe._path = str(path)
+    return recipe
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -308,7 +386,7 @@ def _parse(text: str, source: str) -> Any:
 def _apply(content: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r}: wanted key=value with a dotted key, such as base.epochs=10")
+        raise RecipeError(f"override {override!r}: wanted key=value with a dotted key, such as large.batch_size=2048")
     *sections, last = key.split(".")
     for section in sections:
         content = content.setdefault(section, {})
@@ -330,11 +408,12 @@ def _explain(error: ValidationError) -> Iterator[str]:
             case "missing":
                 yield f"{key} is missing; it must be given"
             case "value_error":
-                yield f"{key}: {problem['ctx']['error']}"
+                yield f"{key}: {problem['ctx']['error']}" if location else str(problem["ctx"]["error"])
             case "model_type":
                 yield f"{key}: given {_shown(problem['input'])}, wanted a section with keys {', '.join(_known_keys(location))}"
             case _:
                 wanted = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+                wanted = "list" if problem["type"] == "tuple_type" else wanted
                 yield f"{key}: given {_shown(problem['input'])}, wanted {wanted}"
 
 

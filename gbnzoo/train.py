@@ -29,6 +29,7 @@ from gbnzoo.launch import (
 from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.trainer import EVALUATION_BATCH_SIZE as EVALUATION_BATCH_SIZE
 from gbnzoo.trainer import Trainer
+from gbnzoo.trainer import check_recipe as check_recipe
 from gbnzoo.trainer import load_sets as load_sets
 
 LOST_SECONDS = 300.0
@@ -119,7 +120,7 @@ def train(
 def main(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="YAML file, e.g. recipes/mnist/mlp5_gbn.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="single keys, e.g. base.epochs=10")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="single keys, e.g. large.batch_size=2048")] = None,
     rung: Annotated[str | None, typer.Option(help="sb, lb, lr, gbn or ra; how much of the paper applies")] = None,
     seed: Annotated[int | None, typer.Option(help="fixes weights, order, augmentation and noise")] = None,
     data_dir: Annotated[

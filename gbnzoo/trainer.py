@@ -4,6 +4,7 @@ Only the first process reads and writes the run's folder; the others get from it
 """
 
 import contextlib
+import difflib
 import importlib.util
 import os
 import platform
@@ -18,13 +19,13 @@ from typing import Any
 import timm
 import torch
 from timm.loss import BinaryCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import gbnzoo.models
-from gbnzoo.data import GlobalBatches, ImageSet, keyed_normal, load_images, scored_split
+from gbnzoo.data import AUGMENTATIONS, GlobalBatches, ImageSet, keyed_normal, load_images, scored_split
 from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.image_files import ImageFiles, open_images
 from gbnzoo.launch import connect, on_first_process
@@ -58,6 +59,7 @@ class Trainer:
         checkpoint_seconds: float,
         timeout_seconds: float,
     ):
+        check_recipe(recipe)
         self.recipe, self.folder = recipe, Path(out) / recipe.run_name
         self.checkpoint_seconds = checkpoint_seconds
         self.accelerator = connect(
@@ -350,14 +352,48 @@ class Trainer:
 
 
 def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet | ImageFiles, ImageSet | ImageFiles]:
-    """The training images, and those the recipe is scored on: the held-out ones, or the split that the set has for it."""
+    """The training images, and those the recipe is scored on: the held-out ones, or the split that the set has for it.
+
+    Raises:
+        RecipeError: if the data are not such as the recipe wants them.
+        OSError: if they are not to be had.
+    """
     data = recipe.data
     splits = "train", "validation" if data.holdout else data.scored_split or scored_split(data.name)
-    if data.transform:
-        train_set, scored_set = (open_images(data, split, data_dir=data_dir) for split in splits)
-    else:
-        train_set, scored_set = (load_images(data.name, s, data_dir=data_dir, **data.in_memory) for s in splits)
+    try:
+        if data.transform:
+            train_set, scored_set = (open_images(data, split, data_dir=data_dir) for split in splits)
+        else:
+            train_set, scored_set = (load_images(data.name, s, data_dir=data_dir, **data.in_memory) for s in splits)
+    except ValueError as error:
+        raise recipe.error(error) from error
     return train_set, scored_set
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what training would refuse, before it needs data or memory.
+
+    Raises:
+        RecipeError: if network, optimizer or augmentation are not known, or refuse their arguments.
+    """
+    data, settings = recipe.data, recipe.optimizer
+    if data.augment not in AUGMENTATIONS:
+        raise recipe.error(f"data.augment: given {data.augment!r}, wanted one of {', '.join(AUGMENTATIONS)}")
+    # A network may not be built without memory, and is then judged when it is built for training.
+    with contextlib.suppress(RuntimeError), torch.device("meta"):
+        _create(recipe, ghost_batch_size=recipe.large.ghost_batch_size)
+    try:
+        build_optimizer(settings, nn.Linear(1, 1))
+    except ValueError as error:
+        if "not found in registry" not in str(error):
+            raise recipe.error(f"optimizer: {settings.name} refuses what is given: {error}") from error
+        close = difflib.get_close_matches(settings.name, list_optimizers(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "timm.optim.list_optimizers() has the names"
+        raise recipe.error(f"optimizer.name: given {settings.name!r}, which timm does not know; {hint}") from None
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise recipe.error(
+            f"optimizer.args: given {settings.args}, which {settings.name} refuses: {error}; wanted arguments that it takes"
+        ) from error
 
 
 def sample_losses(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
@@ -380,22 +416,37 @@ def build_model(recipe: Recipe, train_set: ImageSet | ImageFiles, ghost_batch_si
     """The recipe's network for the data, its initial weights a function of the seed alone, so that rungs share them.
 
     Raises:
-        ValueError: if timm knows no such architecture, or its entry point refuses the arguments.
+        RecipeError: if timm knows no such architecture, or its entry point refuses the arguments.
     """
-    if not timm.is_model(recipe.model.name):
-        raise ValueError(
-            f"model.name {recipe.model.name!r} is no architecture that timm or gbnzoo knows; see timm.list_models('*_gbn')"
-        )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return timm.create_model(
-            recipe.model.name,
+        return _create(
+            recipe,
             num_classes=len(train_set.class_names),
             in_chans=train_set.input_size[0],
             ghost_batch_size=ghost_batch_size,
             pretrained_cfg_overlay={"input_size": train_set.input_size, "mean": train_set.mean, "std": train_set.std},
-            **recipe.model.args,
         )
+
+
+def _create(recipe: Recipe, **options: Any) -> nn.Module:
+    name, args = recipe.model.name, recipe.model.args
+    if not timm.is_model(name):
+        raise recipe.error(f"model.name: given {name!r}, no architecture that timm or gbnzoo knows; {_alike(name)}")
+    try:
+        return timm.create_model(name, **options, **args)
+    except (TypeError, ValueError, AssertionError) as error:
+        if "unexpected keyword argument 'ghost_batch_size'" in str(error):
+            raise recipe.error(f"model.name: given {name!r}, which takes no ghost_batch_size; {_alike(name)}") from None
+        what = f"model.args: given {args}" if args else f"model.name: given {name!r}"
+        raise recipe.error(f"{what}, which the entry point of {name} refuses: {error}; wanted what it takes") from error
+
+
+def _alike(name: str) -> str:
+    """A hint at the ghost network that was meant."""
+    known = timm.list_models("*_gbn")
+    close = [f"{name}_gbn"] if f"{name}_gbn" in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"did you mean {close[0]}?" if close else "wanted one of timm.list_models('*_gbn')"
 
 
 def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -443,9 +494,14 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """Commit of the checkout this code lies in, with a + where files were changed; None where it is installed."""
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An environment may lie inside another project's repository.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -4,8 +4,11 @@ import pytest
 from typer.testing import CliRunner
 
 from gbnzoo import cli
+from gbnzoo.data import load_images
+from gbnzoo.recipe import shipped_recipes
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
+DIGITS_FILE = shipped_recipes()["digits/resnet8_thin_gbn.yaml"]
 
 
 def gbnzoo(*arguments, exit_code=0):
@@ -67,6 +70,7 @@ def test_the_thread_from_recipe_to_evaluated_weight(tmp_path, monkeypatch):
         (("train", DIGITS, "base.epoch=1"), "base.epoch is not a key of a recipe; did you mean epochs?"),
         (("train", "recipes/mnist/mlp5_gbn.yaml", "--data-dir", "/nowhere"), "--data-dir"),
         (("plan", DIGITS, "large.batch_size=500"), "batch_size 500 is not a multiple of ghost_batch_size 16"),
+        (("plan", DIGITS, "base.epochs=0.1", "base.milestones=[]"), f"{DIGITS}: base.epochs: rung lb would make no"),
         (("publish", "nowhere"), "nowhere is not a run"),
         (("report", "nowhere"), "nowhere is not a run"),
     ],
@@ -76,3 +80,52 @@ def test_mistakes_are_answered_in_words(arguments, message):
     assert message in said
     assert said.startswith("error: ")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.name=resnet18",
+            "model.name: given 'resnet18', which takes no ghost_batch_size; did you mean resnet18_gbn?",
+        ),
+        (
+            "model.name=vit_tiny_patch16_224",
+            "model.name: given 'vit_tiny_patch16_224', which takes no ghost_batch_size; wanted one of timm.list_models(",
+        ),
+        ("model.name=resnet44gbn", "no architecture that timm or gbnzoo knows; did you mean resnet44_gbn?"),
+        ("model.args={foo: 1}", "model.args: given {'foo': 1}, which the entry point of resnet8_thin_gbn refuses: "),
+        (
+            "model.args={drop_rate: 5}",
+            "model.args: given {'drop_rate': 5}, which the entry point of resnet8_thin_gbn ref",
+        ),
+        ("optimizer.name=sgdd", "optimizer.name: given 'sgdd', which timm does not know; did you mean sgd?"),
+        ("optimizer.args={foo: 1}", "optimizer.args: given {'foo': 1}, which sgd refuses: "),
+        ("data.augment=rotate", "data.augment: given 'rotate', wanted one of none, pad1_crop"),
+        ("data.holdout=2000", "data.holdout 2000 of 1297 training images"),
+    ],
+)
+def test_what_no_run_could_use_is_named_with_file_and_key(command, override, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = gbnzoo(command, DIGITS, override, exit_code=2)
+    assert said.startswith(f"error: {DIGITS}: ") or said.startswith(f"error: {DIGITS_FILE}: ")
+    assert message in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "num_samples"),
+    [("mnist", "60,000"), ("cifar10", "50,000"), ("uoft-cs/cifar100", "50,000"), ("digits", "1,297")],
+)
+def test_plan_of_a_known_set_needs_no_data(data, num_samples, monkeypatch):
+    monkeypatch.setattr(cli.train, "load_sets", None)
+    monkeypatch.delenv("GBNZOO_DATA", raising=False)
+    assert f"on {data}, {num_samples} training images" in gbnzoo("plan", DIGITS, f"data.name={data}")
+    assert f"{int(num_samples.replace(',', '')) - 297:,} training" in gbnzoo(
+        "plan", DIGITS, f"data.name={data}", "data.holdout=297"
+    )
+
+
+def test_the_digits_are_as_many_as_plan_says():
+    assert len(load_images("digits", "train")) == 1297

@@ -158,7 +158,7 @@ def test_an_empty_batch_leaves_the_statistics_as_batchnorm_does():
     torch.testing.assert_close(layer.state_dict(), twin.norm.state_dict())
 
 
-@pytest.mark.parametrize("ghost_batch_size", [0, -4, 2.0, "32"])
+@pytest.mark.parametrize("ghost_batch_size", [0, -4, 2.0, "32", True])
 def test_an_impossible_ghost_size_is_refused(ghost_batch_size):
     with pytest.raises(ValueError, match="positive integer"):
         GhostBatchNorm2d(CHANNELS, ghost_batch_size=ghost_batch_size)

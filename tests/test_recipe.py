@@ -45,9 +45,9 @@ def test_numbers_are_read_as_yaml_1_2(recipe_file):
 
 def test_overrides_set_single_keys(recipe_file):
     recipe = load_recipe(
-        recipe_file, ["base.epochs=10", "base.milestones=[5, 7.5]", "gradient_noise={kind: multiplicative, sigma: 1}"]
+        recipe_file, ["base.epochs=10", "base.milestones=[5, 10]", "gradient_noise={kind: multiplicative, sigma: 1}"]
     )
-    assert (recipe.base.epochs, recipe.base.milestones, recipe.gradient_noise.sigma) == (10, (5, 7.5), 1)
+    assert (recipe.base.epochs, recipe.base.milestones, recipe.gradient_noise.sigma) == (10, (5, 10), 1)
 
 
 def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
@@ -92,6 +92,20 @@ def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
         ("data={name: x, image_size: 8, transform: {hflip: -1}}", "hflip: given -1, wanted greater than or equal to 0"),
         ("data={name: x, holdout: 9, scored_split: test}", "scored_split test and holdout 9: give one of them"),
         ("bce={threshold: 1}", "bce.threshold: given 1, wanted less than 1"),
+        ("base.lr_decay=-1", "lr_decay: given -1, wanted greater than 0"),
+        ("base.lr_decay=[0.1, 0, 0.1]", "lr_decay: given 0.1, 0, 0.1, wanted greater than 0"),
+        ("base.milestones=10", "base.milestones: given 10, wanted list"),
+        ("base.epochs=100", r"milestones \[81.0, 122.0, 164.0\] go beyond epochs 100; .*base.milestones=\[\]"),
+        (
+            "base.batch_size=8192",
+            "x.yaml: large.batch_size 4096 is smaller than base.batch_size 8192; wanted a larger one",
+        ),
+        ("seed=99999999999999999999", f"seed: given 9{{20}}, wanted less than {2**63}"),
+        ("seed=9223372036854775808", "seed: given 9223372036854775808, wanted less than"),
+        ("model.name=resnet44_gbn.cifar10_ra4096", "model.name: .* names weights, .* wanted 'resnet44_gbn'"),
+        ("model.args={ghost_batch_size: 4}", "model.args: ghost_batch_size .* wanted large.ghost_batch_size"),
+        ("model.args={num_classes: 4}", "model.args: num_classes is not given here; wanted data.num_classes"),
+        ("optimizer.args={lr: 3}", "optimizer.args: lr is not given here; wanted base.lr"),
         ("base.lr.x=1", "base.lr.x=1'?: .*lr is a value and has no keys below it"),
         ("base.lr", "wanted key=value with a dotted key"),
         ("base.lr=[", "override 'base.lr=\\['"),
@@ -111,12 +125,19 @@ def test_what_is_wrong_is_named_with_file_and_key(recipe_file, override, message
         ("- a list\n", r"x\.yaml: wanted keys and values"),
         ("", r"x\.yaml: wanted keys and values \(model:, data:, base:, large:\), found None"),
         ("model: {name: [\n", r"x\.yaml:\d+: "),
+        ("# é\n" + GOOD, r"x\.yaml: byte 2 is not UTF-8; wanted the file saved as UTF-8"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line_or_key(recipe_file, text, message):
-    recipe_file.write_text(text)
+    recipe_file.write_text(text, encoding="latin-1")
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_file)
+
+
+def test_what_only_the_data_show_to_be_wrong_is_named_with_file_and_key(recipe_file):
+    recipe = load_recipe(recipe_file, ["base.epochs=0.5", "base.milestones=[]"], rung="lb")
+    with pytest.raises(RecipeError, match=r"x\.yaml: base\.epochs: rung lb would make no update"):
+        recipe.regime(1297)
 
 
 def test_all_that_is_wrong_is_said_at_once(recipe_file):
