@@ -15,8 +15,8 @@ import timm.data
 import torch
 from conftest import random_pixels
 from processes import run_together
+from scripts import evaluate
 
-import evaluate
 from gbnzoo.data import GlobalBatches, keyed_bits, load_images
 from gbnzoo.image_files import FileBatches, default_workers, open_images
 from gbnzoo.publish import publish
