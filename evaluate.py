@@ -97,7 +97,7 @@ def expand_names(models: Iterable[str]) -> list[str]:
     """Wildcards as the pretrained models that fit them, text files as the names in their lines, all else as it is.
 
     Raises:
-        ValueError: if nothing fits a wildcard.
+        ValueError: if nothing fits a wildcard, or there is no such text file.
     """
     names = []
     for model in models:
@@ -106,6 +106,8 @@ def expand_names(models: Iterable[str]) -> list[str]:
                 raise ValueError(f"{model}: timm has no pretrained model of such a name")
             names += fitting
         elif model.endswith(".txt"):
+            if not Path(model).is_file():
+                raise ValueError(f"{model}: no such file; wanted a text file with one name a line")
             names += Path(model).read_text(encoding="utf-8").split()
         else:
             names.append(model)
@@ -148,11 +150,17 @@ def load_subject(
             " hf-hub:org/name is read from the Hub, and timm.list_models() knows the names"
         )
     if checkpoint:
+        if not checkpoint.is_file():
+            raise ValueError(f"--checkpoint {checkpoint}: no such file; wanted a safetensors file")
         check_weights(checkpoint)
     model = _create(source, pretrained=pretrained and not checkpoint, num_classes=num_classes)
     if checkpoint:
         load_weights(model, load_file(checkpoint), str(checkpoint))
-    return Subject(source, model, {})
+    # Weights published by this project come from a hub folder, whatever name they were asked for by.
+    config = Path(model.pretrained_cfg.get("file") or "").parent / "config.json"
+    is_published = pretrained and not (checkpoint or num_classes) and config.is_file()
+    gbn = json.loads(config.read_text(encoding="utf-8")).get("gbn", {}) if is_published else {}
+    return Subject(source, model, gbn)
 
 
 def _create(name: str, **options: Any) -> nn.Module:
@@ -172,7 +180,7 @@ def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, st
     images = _images_for(subject, settings)
     precision = {None: subject.gbn.get("precision", "fp32"), True: "bf16", False: "fp32"}[settings.amp]
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    device = torch.device(settings.device)
+    device = find_device(settings.device)
     model = subject.model.to(
         device, dtype, memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format
     )
@@ -211,6 +219,22 @@ def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, st
         "recorded_top1": f"{gbn['top1_percent']:.3f}" if is_as_recorded else "",
     }
     return metrics, row
+
+
+def find_device(name: str) -> torch.device:
+    """torch's device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        ValueError: if nothing can be computed on it here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones((), device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used here ({reason}); wanted auto, or cpu") from error
+    return torch.device(name)
 
 
 def check(hub: Path, settings: Settings | None) -> bool:
@@ -380,12 +404,15 @@ def main(
 ) -> None:
     """Measure top-1 and top-5 accuracy."""
     models = [*(models or ()), *(model or ())]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if workers:
         torch.set_num_threads(workers)
     settings = Settings(data, data_dir, split, batch_size, img_size, crop_pct, device, amp, channels_last)
     with plain_errors():
+        find_device(device)
+        if results_file and not results_file.parent.is_dir():
+            raise ValueError(
+                f"--results-file {results_file}: there is no folder {results_file.parent}; wanted one that is there"
+            )
         if check_results or check_hashes:
             if models or (data, split, img_size, crop_pct, amp) != (None,) * 5:
                 raise ValueError(

@@ -127,6 +127,16 @@ def test_a_hub_folder_scores_what_a_slow_loop_counts(hub, data_dir):
     assert (metrics.n, row["recorded_top1"]) == (20, row["top1"])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_a_published_name_is_measured_as_its_hub_folder(tmp_path, data_dir, monkeypatch, precision):
+    folder = publish(finished_run(tmp_path, precision=precision), tmp_path / "hub")
+    monkeypatch.setenv("GBNZOO_HUB", str(tmp_path / "hub"))
+    assert measured(NAME, data_dir=data_dir) == measured(folder, data_dir=data_dir)
+    assert measured(NAME, data_dir=data_dir)[1]["precision"] == precision
+    # Less of the folder than all of it is not what was recorded.
+    assert evaluate.load_subject(NAME, num_classes=3).gbn == {}
+
+
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_batch_size_does_not_matter(hub, data_dir, batch_size):
     one, other = (measured(hub / NAME, data_dir=data_dir, batch_size=b)[0] for b in (batch_size, 20))
@@ -273,7 +283,17 @@ def test_weights_from_a_file(tmp_path, data_dir):
         (("{hub}", "--check"), "take every row of results.csv"),
         (("--check", "--data", "shapes"), "take every row of results.csv"),
         (("--sha", "--amp"), "take every row of results.csv"),
-        (("resnet8_thin_gbn", "--checkpoint", "nowhere.safetensors"), "nowhere.safetensors"),
+        (
+            ("resnet8_thin_gbn", "--checkpoint", "nowhere.safetensors"),
+            "--checkpoint nowhere.safetensors: no such file; wanted a safetensors file",
+        ),
+        (("nowhere.txt",), "nowhere.txt: no such file; wanted a text file with one name a line"),
+        (("{hub}", "--device", "foo"), "--device foo: cannot be used here (Expected one of cpu, cuda"),
+        (("{hub}", "--device", "cuda:99"), "--device cuda:99: cannot be used here"),
+        (
+            ("no_such_model", "--results-file", "nowhere/x.csv"),
+            "--results-file nowhere/x.csv: there is no folder nowhere",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments, message, data_dir, hub):
