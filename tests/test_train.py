@@ -172,8 +172,8 @@ def test_a_held_out_split_is_scored_in_place_of_the_test_split(tmp_path):
 @pytest.mark.parametrize(
     ("override", "options", "message"),
     [
-        ("model.name=resnet9000_gbn", {}, "model.name 'resnet9000_gbn' is no architecture"),
-        ("data.augment=cutout", {}, "data.augment 'cutout' is not known"),
+        ("model.name=resnet9000_gbn", {}, "model.name: given 'resnet9000_gbn', no architecture"),
+        ("data.augment=cutout", {}, "data.augment: given 'cutout', wanted one of none"),
         ("seed=0", {"micro_batch_size": 24}, "micro_batch_size 24 does not cut batch_size 64"),
         ("seed=0", {"tracker": "mlflow"}, "tracker 'mlflow': wanted one of tensorboard, trackio, wandb"),
     ],
