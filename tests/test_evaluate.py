@@ -1,12 +1,9 @@
 """evaluate.py: its numbers against a run's own and against a slow loop, and what it refuses."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
-import sys
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,6 +12,7 @@ import timm
 import torch
 import typer
 from safetensors.torch import load_file, save_file
+from scripts import evaluate
 from small_run import CLASS_NAMES, MEAN, STD, finished_run, random_weights, small_recipe
 from typer.testing import CliRunner
 
@@ -24,18 +22,8 @@ from gbnzoo.recipe import load_recipe
 from gbnzoo.run import Run
 from gbnzoo.train import train
 
-SCRIPT = Path(__file__).parents[1] / "evaluate.py"
 NAME = "resnet8_thin_gbn.shapes_gbn8"
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = sys.modules["evaluate_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-evaluate = load_script()
 app = typer.Typer()
 app.command()(evaluate.main)
 
