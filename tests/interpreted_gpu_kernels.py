@@ -3,6 +3,8 @@
 Run by test_gpu_kernels.py in a process of its own, with TRITON_INTERPRET=1: Triton reads it when it is imported.
 """
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,14 @@ from gbnzoo.kernels import cpu, gpu, reference
 
 # From here on the operators of CPU tensors are the GPU's. Two processors, an L2 cache of 2 KiB, tiles of 16 values.
 LIBRARY = torch.library.Library("gbnzoo", "IMPL")
-LIBRARY.impl("ghost_batch_norm", gpu.forward, "CPU", allow_override=True)
-LIBRARY.impl("ghost_batch_norm_backward", gpu.backward, "CPU", allow_override=True)
+with warnings.catch_warnings(action="ignore"):  # torch 2.11 warns even where overriding is allowed
+    LIBRARY.impl("ghost_batch_norm", gpu.forward, "CPU", allow_override=True)
+    LIBRARY.impl("ghost_batch_norm_backward", gpu.backward, "CPU", allow_override=True)
 gpu._device = lambda device: gpu.Device(processors=2, l2_bytes=2048)
 gpu.STREAMED_TILE = 16
+
+# Triton 3.6 does so; from numpy 2.4 on it is an error.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 
 GHOST = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,13 +112,12 @@ def test_first_samples_unlike_all_others_cancel_no_digits(resident, monkeypatch)
     torch.testing.assert_close(y.double(), true_y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mean", [0.5, 100.0, 1000.0])
-@pytest.mark.parametrize("resident", [True, False])
-def test_far_from_zero_the_error_is_below_twice_that_of_batchnorm(resident, mean, monkeypatch):
+@pytest.mark.parametrize(("mean", "resident"), [(0.5, True), (100.0, True), (1000.0, True), (1000.0, False)])
+def test_far_from_zero_the_error_is_below_twice_that_of_batchnorm(mean, resident, monkeypatch):
     if not resident:
         monkeypatch.setattr(gpu, "RESIDENT_VALUES", {"forward": 8, "backward": 8})
         monkeypatch.setattr(gpu, "STREAMED_TILE", 256)
-    x = 0.1 * torch.randn(16, 8, 8, 16) + mean
+    x = 0.1 * torch.randn(16, 4, 8, 16) + mean
     ours, _, variance = cpu.ghost_batch_norm(x, None, None, 16, 1e-5)
     truth, _, true_variance = oracle(x, None, None, 16)
     theirs = F.batch_norm(x, None, None, training=True)
