@@ -308,7 +308,7 @@ def test_config_cannot_point_to_other_weights(hostile, folder):
 
 
 def test_nothing_of_ours_opens_a_pickle_or_runs_code_of_a_repo():
-    root = Path(weights.__file__).parents[1]
+    root = Path(__file__).parents[1]
     files = [*(root / "gbnzoo").rglob("*.py"), *(root / "hub").rglob("*.py"), root / "evaluate.py"]
     names = {}
     for file in files:
