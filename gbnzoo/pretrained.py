@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.models
+import timm.models._factory
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -247,3 +248,25 @@ def _has_location(cfg: dict[str, Any] | None) -> bool:
 
 def _without_location(cfg: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cfg.items() if key not in _LOCATION_KEYS}
+
+
+def _explain_missing_repos() -> None:
+    """Let `timm.create_model("hf-hub:…")` add to the Hub client's error what would work; timm asks before any code of ours."""
+    load = timm.models._factory.load_model_config_from_hf
+
+    @functools.wraps(load)
+    def explaining(model_id: str, cache_dir: str | Path | None = None) -> Any:
+        try:
+            return load(model_id, cache_dir=cache_dir)
+        except (HTTPError, OSError) as error:
+            repo, _, revision = model_id.partition("@")
+            try:
+                _fetch(repo, "config.json", revision or None, cache_dir)
+            except WeightsNotFoundError as explained:
+                error.add_note(str(explained))
+            raise
+
+    timm.models._factory.load_model_config_from_hf = explaining
+
+
+_explain_missing_repos()

@@ -628,3 +628,12 @@ def test_offline_the_cache_serves_and_else_the_error_says_what_would_work(hub, c
         hub_folder = {"GBNZOO_HUB": str(folders["seed 0"].parent)}
         assert worker(LOAD, hub_folder, name=NAME, cache=str(tmp_path / "cold")).result == hashes()
     assert not hub.log
+
+
+def test_what_timm_cannot_find_itself_is_explained_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError) as caught:  # noqa: PT011, the client's own; the note is ours
+        timm.create_model("hf-hub:gbnzoo/nothing@v1", pretrained=True, cache_dir=tmp_path)
+    (note,) = caught.value.__notes__
+    assert "hf-hub:gbnzoo/nothing@v1: HF_HUB_OFFLINE is set and the cache holds no copy" in note
+    assert "- local-dir:FOLDER" in note
