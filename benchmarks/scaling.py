@@ -26,7 +26,7 @@ import torch.distributed as dist
 import typer
 
 from gbnzoo.allocator import keep_freed_memory
-from gbnzoo.launch import start_processes
+from gbnzoo.launch import leaving_process_group, start_processes
 from gbnzoo.recipe import load_recipe
 from gbnzoo.trainer import Trainer, load_sets
 
@@ -108,7 +108,7 @@ def timed(
 def time_updates(recipe: Recipe, batch_sizes: str, folder: Path, data_dir: DataDir = None, rounds: Rounds = 3) -> None:
     """What each process of `measure` does: one record for each round and batch size."""
     keep_freed_memory()
-    with contextlib.ExitStack() as held:
+    with leaving_process_group(), contextlib.ExitStack() as held:
         trainers = []
         for batch_size in map(int, batch_sizes.split()):
             changes = {"large.batch_size": batch_size, "base.epochs": 10_000, "base.lr": 1e-6, "base.milestones": []}

@@ -174,6 +174,24 @@ def naming_lost_processes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def leaving_process_group() -> Iterator[None]:
+    """At the end of a command, also by an error: threads of the group that outlive Python would abort the process."""
+    try:
+        yield
+    except LostProcessError:
+        raise  # to leave could mean to wait for the one that is lost
+    except BaseException:
+        _leave_process_group()
+        raise
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """For command lines: what a user can mend is one message and an exit code, not a traceback.
 

@@ -21,6 +21,7 @@ from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.launch import (
     TerminatedError,
     is_launched,
+    leaving_process_group,
     naming_lost_processes,
     plain_errors,
     start_processes,
@@ -146,20 +147,20 @@ def main(
         settings = load_recipe(recipe, overrides or (), rung=rung, seed=seed)
         if processes and processes > 1 and not is_launched():
             raise typer.Exit(start_processes(processes, "gbnzoo.train", _command_line(context.params)))
-        folder = train(
-            settings,
-            data_dir=data_dir,
-            out=out,
-            resume=resume,
-            processes=processes,
-            micro_batch_size=micro_batch_size,
-            tracker=tracker,
-            checkpoint_seconds=checkpoint_seconds,
-            timeout_seconds=timeout_seconds,
-        )
-    if PartialState().is_main_process:
-        print(folder)
-    PartialState().destroy_process_group()
+        with leaving_process_group():
+            folder = train(
+                settings,
+                data_dir=data_dir,
+                out=out,
+                resume=resume,
+                processes=processes,
+                micro_batch_size=micro_batch_size,
+                tracker=tracker,
+                checkpoint_seconds=checkpoint_seconds,
+                timeout_seconds=timeout_seconds,
+            )
+            if PartialState().is_main_process:
+                print(folder)
 
 
 def _command_line(params: dict[str, Any]) -> Iterator[str]:

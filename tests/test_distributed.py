@@ -1,5 +1,6 @@
 """A run is the same on any layout: processes, accumulation, micro-batches, ghosts over processes."""
 
+import contextlib
 import os
 import time
 
@@ -11,11 +12,11 @@ from processes import run_together
 
 from gbnzoo import data
 from gbnzoo.data import Augment, GlobalBatches
-from gbnzoo.launch import connect
+from gbnzoo.launch import LostProcessError, TerminatedError, connect, leaving_process_group
 from gbnzoo.metrics import evaluate
 from gbnzoo.norm import convert_ghost_batchnorm, span_processes
 from gbnzoo.recipe import load_recipe
-from gbnzoo.run import TIMED_COLUMNS, Run
+from gbnzoo.run import TIMED_COLUMNS, Run, RunError
 from gbnzoo.spanning import spanning_batch_norm
 from gbnzoo.train import train
 from gbnzoo.trainer import Trainer, build_model, load_sets
@@ -308,6 +309,20 @@ def test_gradients_are_reduced_once_per_update_and_nothing_else_is_sent(tmp_path
 def train_on(processes, out, environment):
     os.environ.update(environment)
     train(load_recipe(DIGITS, SHORT), processes=processes, out=out, show_progress=False)
+
+
+def is_in_group_after(error):
+    joined()
+    with contextlib.suppress(RunError), leaving_process_group():
+        if error:
+            raise error("")
+    return dist.is_initialized()
+
+
+@pytest.mark.parametrize(("error", "stays"), [(None, False), (TerminatedError, False), (LostProcessError, True)])
+def test_a_process_leaves_its_group_unless_another_is_lost(error, stays):
+    """Threads of a group that is not left have aborted a process in place of its exit code."""
+    assert run_together(2, is_in_group_after, error) == [stays, stays]
 
 
 # What `accelerate launch --cpu --num_processes 2` leaves in the environment of the one process it starts.
