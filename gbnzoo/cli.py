@@ -1,17 +1,19 @@
 """The command line: `gbnzoo quickstart | train | plan | ladder | report | publish`."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from gbnzoo import report, train
+from gbnzoo import report, train, tuning
 from gbnzoo.data import data_folder, load_images, num_train_images
 from gbnzoo.metrics import evaluate
 from gbnzoo.publish import publish, record_result, refresh
-from gbnzoo.recipe import load_recipe
-from gbnzoo.regime import RUNGS, Regime, choose_layout
+from gbnzoo.recipe import Recipe, load_recipe
+from gbnzoo.regime import RUNGS, Layout, Regime
 from gbnzoo.train import plain_errors
 from gbnzoo.upload import hub_files, upload
 
@@ -79,11 +81,14 @@ def plan(
         train.check_recipe(recipes[0])
         if not (num_samples or data_folder(data_dir)):  # a folder may hold fewer images
             num_samples = num_train_images(recipes[0].data.name, recipes[0].data.holdout)
-        num_samples = num_samples or len(train.load_sets(recipes[0], data_dir)[0])
+        shape = train.known_shape(recipes[0])
+        if not num_samples:
+            train_set, _ = train.load_sets(recipes[0], data_dir)
+            num_samples, shape = len(train_set), (train_set.input_size, len(train_set.class_names))
         what = f"{recipes[0].model.name} on {recipes[0].data.name}"
         print(f"{recipe}: {what}, {num_samples:,} training images, {processes} process(es)\n")
         for each in recipes:
-            print(_planned(each.regime(num_samples), processes, micro_batch_size))
+            print(_planned(each, each.regime(num_samples), shape, processes, micro_batch_size))
 
 
 @app.command()
@@ -173,18 +178,22 @@ def train_ladder(
     return [train.train(each, data_dir=data_dir, out=out, resume=True) for each in recipes]
 
 
-def _planned(regime: Regime, processes: int, micro_batch_size: int | None) -> str:
-    """One rung's plan as a paragraph."""
+def _planned(
+    recipe: Recipe,
+    regime: Regime,
+    shape: tuple[tuple[int, int, int], int] | None,
+    processes: int,
+    micro_batch_size: int | None,
+) -> str:
+    """One rung's plan as a paragraph; the shape is that of images and classes, where it is known."""
     moments = {0, regime.warmup_updates, *regime.milestones, regime.total_updates - 1}
     rates = ", ".join(f"{regime.lr_at(u):.4g} at {u:,}" for u in sorted(moments) if u < regime.total_updates)
     clip = f", gradient norm clipped at {regime.clip_grad_norm:g}" if regime.clip_grad_norm else ""
     try:
-        layout = choose_layout(
-            regime.batch_size, regime.ghost_batch_size, processes=processes, micro_batch_size=micro_batch_size
-        )
-        spread = (
-            f"{processes} process(es) × {layout.accumulation} accumulation × micro-batch {layout.micro_batch_size:,}"
-        )
+        layout, measured = tuning.layout_by_rule(regime, processes, tuning.likely_device(), micro_batch_size), ""
+        if shape and micro_batch_size is None:
+            layout, measured = _tuned(recipe, regime, layout, shape)
+        spread = f"{layout}{measured}"
     except ValueError as error:
         spread = f"not as asked: {error}"
     return (
@@ -193,3 +202,21 @@ def _planned(regime: Regime, processes: int, micro_batch_size: int | None) -> st
         f"     {regime.total_updates:,} updates, {regime.epochs:,.1f} epochs, {regime.samples_seen:,} samples seen\n"
         f"     learning rate {rates} (update){clip}"
     )
+
+
+def _tuned(
+    recipe: Recipe, regime: Regime, layout: Layout, shape: tuple[tuple[int, int, int], int]
+) -> tuple[Layout, str]:
+    """The layout a run would have here, as far as that was measured, and what to say about it."""
+    threads = max(1, torch.get_num_threads() // layout.processes)
+    setting = tuning.setting_of(recipe, layout, *shape, tuning.likely_device(), threads)
+    model = setting and train.sketched_model(recipe, *shape)
+    if not model or not tuning.measuring_seconds(model, setting, regime.samples_seen // layout.processes):
+        return layout, ""
+    seconds = tuning.kept(setting)
+    if seconds is None:
+        *some, last = setting.sizes
+        return layout, f", or the fastest of {', '.join(map(str, some))} and {last}, measured when it starts"
+    size = tuning.choose(seconds, setting.sizes, layout.micro_batch_size)
+    rate = f" ({1 / seconds[size]:,.0f} images/s)" if size in seconds else ""
+    return replace(layout, micro_batch_size=size), f", measured as the fastest{rate}"

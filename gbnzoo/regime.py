@@ -247,9 +247,9 @@ def choose_layout(
         ValueError: naming the process counts or micro-batch sizes that fit.
     """
     ghosts = batch_size // ghost_batch_size
-    whole, parts = _micro_batch_sizes(ghosts, ghost_batch_size, processes)
+    whole, parts = micro_batch_sizes(batch_size, ghost_batch_size, processes)
     if not whole and not parts:
-        near = {n for n in range(1, 2 * processes + 1) if any(_micro_batch_sizes(ghosts, ghost_batch_size, n))}
+        near = {n for n in range(1, 2 * processes + 1) if any(micro_batch_sizes(batch_size, ghost_batch_size, n))}
         raise ValueError(
             f"batch_size {batch_size} cannot be split over {processes} processes into micro-batches that are multiples, or"
             f" equal parts, of ghost_batch_size {ghost_batch_size}; it fits on {_listed({*_divisors(ghosts)} | near)} processes"
@@ -270,8 +270,9 @@ def choose_layout(
     return Layout(batch_size, ghost_batch_size, processes, micro_batch_size)
 
 
-def _micro_batch_sizes(ghosts: int, ghost_batch_size: int, processes: int) -> tuple[list[int], list[int]]:
-    """Sizes that give each process whole ghosts, and sizes that give it an equal part of one."""
+def micro_batch_sizes(batch_size: int, ghost_batch_size: int, processes: int) -> tuple[list[int], list[int]]:
+    """Sizes that give each process whole ghosts, ascending, and sizes that give it an equal part of one."""
+    ghosts = batch_size // ghost_batch_size
     whole = [ghost_batch_size * d for d in _divisors(ghosts // processes)] if ghosts % processes == 0 else []
     parts = [
         ghost_batch_size // members

@@ -31,7 +31,9 @@ from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.trainer import EVALUATION_BATCH_SIZE as EVALUATION_BATCH_SIZE
 from gbnzoo.trainer import Trainer
 from gbnzoo.trainer import check_recipe as check_recipe
+from gbnzoo.trainer import known_shape as known_shape
 from gbnzoo.trainer import load_sets as load_sets
+from gbnzoo.trainer import sketched_model as sketched_model
 
 LOST_SECONDS = 300.0
 
@@ -57,7 +59,8 @@ def train(
         out: where the run's folder is made.
         resume: go on with a run that was stopped; a finished one is left as it is.
         processes: how many a launcher must have started; None for as many as it did.
-        micro_batch_size: samples of one forward pass on one device; None lets it be chosen.
+        micro_batch_size: samples of one forward pass on one device; None for that of the run's last start, or, where the run
+            is long enough to earn it, the fastest on this machine, as measured now or before (`gbnzoo.tuning`).
         tracker: one of TRACKERS, which then gets every row of the log too.
         checkpoint_seconds: time between checkpoints.
         timeout_seconds: how long a process waits for another before it takes it for lost.
@@ -132,7 +135,10 @@ def main(
     processes: Annotated[
         int | None, typer.Option(min=1, help="start so many here; under a launcher, demand that it started so many")
     ] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="samples of one forward pass on one device")] = None,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help="samples of one forward pass on one device; else the fastest, measured in long runs"),
+    ] = None,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb")] = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="time between checkpoints")] = 60,
     timeout_seconds: Annotated[

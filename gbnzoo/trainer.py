@@ -6,7 +6,6 @@ Only the first process reads and writes the run's folder; the others get from it
 import contextlib
 import difflib
 import importlib.util
-import os
 import platform
 import subprocess
 import time
@@ -25,14 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import gbnzoo.models
-from gbnzoo.data import AUGMENTATIONS, GlobalBatches, ImageSet, keyed_normal, load_images, scored_split
+from gbnzoo import tuning
+from gbnzoo.data import AUGMENTATIONS, GlobalBatches, ImageSet, find_spec, keyed_normal, load_images, scored_split
 from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.image_files import ImageFiles, open_images
 from gbnzoo.launch import connect, on_first_process
 from gbnzoo.metrics import Metrics, evaluate
 from gbnzoo.norm import gathered_running_statistics, recalibrate, shard_running_statistics, span_processes
 from gbnzoo.recipe import Optimizer, Recipe
-from gbnzoo.regime import choose_layout
 from gbnzoo.run import Checkpoint, Run, RunError
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -75,13 +74,11 @@ class Trainer:
         self.dtype = dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.train_set, self.scored_set = (images.to(self.device) for images in load_sets(recipe, data_dir))
         self.regime = regime = recipe.regime(len(self.train_set))
-        self.layout = choose_layout(
-            regime.batch_size,
-            regime.ghost_batch_size,
-            processes=self.world_size,
-            micro_batch_size=micro_batch_size,
-            max_micro_batch_size=512 if self.device.type == "cpu" else 4096,
-        )
+        self.bare_model = fuse_ghost_batchnorm(build_model(recipe, self.train_set, regime.ghost_batch_size))
+        self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
+        if micro_batch_size is None:
+            micro_batch_size = on_first_process(self._choose_micro_batch)
+        self.layout = tuning.layout_by_rule(regime, self.world_size, self.device, micro_batch_size)
         self.positions = [
             torch.tensor([position for ghost in ghosts for position in ghost])
             for ghosts in self.layout.micro_batches(self.rank)
@@ -92,8 +89,6 @@ class Trainer:
         self.evaluated_updates = {round(total * (i + 1) / evaluations) for i in range(evaluations)} - {0}
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
 
-        self.bare_model = fuse_ghost_batchnorm(build_model(recipe, self.train_set, regime.ghost_batch_size))
-        self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
         self.parameters = list(self.bare_model.parameters())
         self.optimizer = build_optimizer(recipe.optimizer, self.bare_model)
         if self.layout.processes_per_ghost > 1:
@@ -101,6 +96,30 @@ class Trainer:
                 self.layout.processes_per_ghost, timeout=timedelta(seconds=timeout_seconds)
             )
             span_processes(self.bare_model, group)
+
+    def _choose_micro_batch(self) -> int:
+        """That of the run's last start on this machine, or the fastest where to measure pays, or the rule's."""
+        regime, train_set = self.regime, self.train_set
+        layout = tuning.layout_by_rule(regime, self.world_size, self.device)
+        with contextlib.suppress(RunError, LookupError, ValueError):
+            start = Run(self.folder).environments()[-1]
+            if (start["processes"], start["hardware"]) == (self.world_size, tuning.device_name(self.device)):
+                return tuning.layout_by_rule(
+                    regime, self.world_size, self.device, start["micro_batch_size"]
+                ).micro_batch_size
+        setting = tuning.setting_of(
+            self.recipe, layout, train_set.input_size, len(train_set.class_names), self.device, torch.get_num_threads()
+        )
+        samples = regime.samples_seen // self.world_size
+        max_seconds = tuning.measuring_seconds(self.bare_model, setting, samples) if setting else 0.0
+        if not max_seconds:
+            return layout.micro_batch_size
+
+        def measure() -> dict[int, float]:
+            time_pass = tuning.training_pass(self.bare_model, setting)
+            return tuning.time_sizes(setting.sizes, time_pass, max_seconds)
+
+        return tuning.fastest_micro_batch(setting, layout.micro_batch_size, measure)
 
     @contextlib.contextmanager
     def opened_run(self, resume: bool) -> Iterator[None]:
@@ -329,7 +348,7 @@ class Trainer:
             "micro_batch_size": layout.micro_batch_size,
             "processes_per_ghost": layout.processes_per_ghost,
             "threads": torch.get_num_threads(),
-            "hardware": _hardware(self.device),
+            "hardware": tuning.device_name(self.device),
             "commit": _commit(),
             "versions": {
                 "gbnzoo": gbnzoo.__version__,
@@ -368,6 +387,31 @@ def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet | I
     except ValueError as error:
         raise recipe.error(error) from error
     return train_set, scored_set
+
+
+def known_shape(recipe: Recipe) -> tuple[tuple[int, int, int], int] | None:
+    """Input size (channels, height, width) and number of classes, without the data; None where only they can tell."""
+    data = recipe.data
+    try:
+        _, spec = find_spec(data.name, None, {"image_size": data.image_size, "num_classes": data.num_classes})
+    except ValueError:
+        return None
+    if not (spec.image_size and spec.num_classes):
+        return None
+    return (len(spec.mean), spec.image_size, spec.image_size), spec.num_classes
+
+
+def sketched_model(recipe: Recipe, input_size: tuple[int, int, int], num_classes: int) -> nn.Module | None:
+    """The recipe's network on torch's "meta" device, so in no time; None where it cannot be built there."""
+    with contextlib.suppress(RuntimeError), torch.device("meta"):
+        return _create(
+            recipe,
+            num_classes=num_classes,
+            in_chans=input_size[0],
+            ghost_batch_size=recipe.large.ghost_batch_size,
+            pretrained_cfg_overlay={"input_size": input_size},
+        )
+    return None
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -476,20 +520,6 @@ def _installed(tracker: str | None) -> str | None:
 def _log_spaced(total: int) -> set[int]:
     """1, 2, 3, 4, 6, 8, 10, …: eight a decade."""
     return {n for k in range(200) if (n := round(10 ** (k / 8))) <= total}
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} × {_cpu_name()}"
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

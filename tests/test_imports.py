@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "recipe": {"regime"},
     "run": {"recipe"},
     "launch": {"run"},
-    "trainer": {"image_files", "launch", "models", "recipe", "data", "metrics", "run", "regime", "norm", "fusion"},
+    "tuning": {"data", "recipe", "regime"},
+    "trainer": {"image_files", "launch", "models", "recipe", "data", "metrics", "run", "tuning", "norm", "fusion"},
     "allocator": set(),
     "train": {"allocator", "trainer", "launch", "recipe"},
     "card": {"recipe", "run", "regime", "weights"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "publish": {"models", "recipe", "run", "card", "collection", "pretrained", "weights"},
     "upload": {"card", "pretrained", "weights"},
     "report": {"run", "card", "diffusion"},
-    "cli": {"report", "train", "data", "metrics", "publish", "upload", "recipe", "regime", "models"},
+    "cli": {"report", "train", "data", "metrics", "publish", "upload", "recipe", "regime", "models", "tuning"},
     "__init__": {"fusion", "norm", "models"},
     "__main__": {"cli"},
 }
