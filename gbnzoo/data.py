@@ -546,11 +546,23 @@ def _stratified(labels: Tensor, count: int) -> Tensor:
     return chosen
 
 
+def with_random_labels(labels: Tensor, num_classes: int, share: float, seed: int) -> Tensor:
+    """Labels int64 [n], each replaced with probability `share` by one drawn uniformly from all classes, its own included.
+
+    What becomes of label i depends on (seed, i) alone, and those replaced at one share are among those at a larger one.
+
+    Source: Zhang et al. 2017, arXiv 1611.03530, "partially corrupted labels".
+    """
+    index = torch.arange(len(labels))
+    is_replaced, drawn = (keyed_uniform(seed, "random_labels", stage, index) for stage in (0, 1))
+    return torch.where(is_replaced < share, (drawn * num_classes).long(), labels.cpu()).to(labels.device)
+
+
 # ---- keyed randomness ----------------------------------------------------------------------------------------------
 # On the CPU in numpy: for one batch it is several times faster than tensor operations, and no GPU waits for it.
 
 # Streams never share bits. Their numbers, like the hash and the rounds, are part of every trained weight: they stay.
-_STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3, "mix": 4}
+_STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3, "mix": 4, "random_labels": 5, "isotropic_noise": 6}
 _FEISTEL_ROUNDS = 8  # after six, neighbours in orders of under 100 samples are visibly unlike random ones
 
 Words = npt.NDArray[np.uint64]  # wrap around
@@ -586,6 +598,11 @@ def keyed_bits(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) ->
         epochs, indices: int64 [B], not negative.
     """
     return torch.from_numpy(_keyed_words(seed, stream, epochs, indices).view(np.int64)).to(indices.device)
+
+
+def keyed_uniform(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) -> Tensor:
+    """A number in [0, 1) for each sample at each epoch, float64 [B]; arguments as of `keyed_bits`."""
+    return torch.from_numpy((_keyed_words(seed, stream, epochs, indices) >> 11) * 2.0**-53).to(indices.device)
 
 
 def keyed_normal(seed: int, stream: str, epochs: Tensor | int, indices: Tensor) -> Tensor:

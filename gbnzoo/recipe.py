@@ -92,13 +92,16 @@ class Data(_Section):
 
     Without `transform` all images are held in memory, and `augment` makes a whole batch of them at once; with it they are
     read from disk as they are needed (`gbnzoo.image_files`). `scored_split` is the one that models are scored on where there
-    is no `holdout`: the set's own, or the test split.
+    is no `holdout`: the set's own, or the test split. `random_labels` is the probability with which the label of a training
+    image is replaced, once and for the whole run, by one drawn uniformly from all classes (Zhang et al. 2017, arXiv 1611.03530);
+    images that are scored keep theirs.
     """
 
     name: str
     augment: str = "none"
     transform: Transform | None = None
     holdout: Annotated[int, Field(ge=0)] = 0
+    random_labels: Share = 0.0
     scored_split: Literal["test", "validation"] | None = None
     image_size: PositiveInt | None = None
     image_column: str | None = None
@@ -120,7 +123,7 @@ class Data(_Section):
     @property
     def in_memory(self) -> dict[str, Any]:
         """What `gbnzoo.data.load_images` takes, besides the name."""
-        return self.model_dump(exclude={"name", "augment", "transform", "scored_split"})
+        return self.model_dump(exclude={"name", "augment", "transform", "random_labels", "scored_split"})
 
 
 class Base(_Section):
@@ -204,9 +207,14 @@ class Large(_Section):
 
 
 class GradientNoise(_Section):
-    """Each sample's gradient times z ~ N(1, sigma²), from rung `lr` on (Hoffer et al. 2017, section 4)."""
+    """Noise on the gradient, from rung `lr` on: it belongs to what the paper does for large batches, as clipping does.
 
-    kind: Literal["multiplicative"]
+    `multiplicative` takes each sample's gradient times z ~ N(1, sigma²) (Hoffer et al. 2017, section 4). `isotropic` adds
+    N(0, sigma²) to every coordinate of the whole batch's gradient after clipping, so that the noise has a norm of about
+    sigma · sqrt(parameters) whatever the gradient has (Ge et al. 2015, arXiv 1503.02101, whose noise is of norm 1).
+    """
+
+    kind: Literal["multiplicative", "isotropic"]
     sigma: Annotated[float, Field(gt=0)]
 
 

@@ -57,7 +57,7 @@ class Regime:
         warmup_updates: updates over which the rate rises linearly to `lr`.
         weight_decay_updates: updates after which weight decay is zero.
         clip_grad_norm: bound on the norm of the whole gradient, or None.
-        gradient_noise_sigma: standard deviation of the noise on each sample's gradient, 0 for none.
+        gradient_noise_sigma: standard deviation of the noise on the gradient, 0 for none.
     """
 
     rung: Rung

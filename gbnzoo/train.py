@@ -96,6 +96,7 @@ def train(
                 trainer.set_rates(update)
                 trainer.add_gradients(update)
                 grad_norm = trainer.clip_gradients(update)
+                trainer.add_isotropic_noise(update)
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad()
                 trainer.count_update()

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,17 @@ from tqdm import tqdm
 
 import gbnzoo.models
 from gbnzoo import tuning
-from gbnzoo.data import AUGMENTATIONS, GlobalBatches, ImageSet, find_spec, keyed_normal, load_images, scored_split
+from gbnzoo.data import (
+    AUGMENTATIONS,
+    GlobalBatches,
+    ImageSet,
+    find_spec,
+    keyed_bits,
+    keyed_normal,
+    load_images,
+    scored_split,
+    with_random_labels,
+)
 from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.image_files import ImageFiles, open_images
 from gbnzoo.launch import connect, on_first_process
@@ -74,6 +85,7 @@ class Trainer:
         self.dtype = dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.train_set, self.scored_set = (images.to(self.device) for images in load_sets(recipe, data_dir))
         self.regime = regime = recipe.regime(len(self.train_set))
+        self.noise_kind = recipe.gradient_noise.kind if regime.gradient_noise_sigma else None
         self.bare_model = fuse_ghost_batchnorm(build_model(recipe, self.train_set, regime.ghost_batch_size))
         self.bare_model.to(self.device, dtype, memory_format=torch.channels_last)
         if micro_batch_size is None:
@@ -191,7 +203,7 @@ class Trainer:
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 losses = sample_losses(self.recipe, self.model(batch.images), batch.labels)
                 loss += losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
-                if self.regime.gradient_noise_sigma:
+                if self.noise_kind == "multiplicative":
                     noise = keyed_normal(self.recipe.seed, "gradient_noise", batch.epochs, batch.indices).to(losses)
                     losses = losses * (1 + self.regime.gradient_noise_sigma * noise)
                 # Data parallelism averages over processes; times their number, that is the mean over the global batch.
@@ -206,6 +218,18 @@ class Trainer:
         if update + 1 in self.logged_updates:
             return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         return None
+
+    def add_isotropic_noise(self, update: int) -> None:
+        """Add the recipe's noise to the gradient, the same on every process, and none where the recipe has none."""
+        if self.noise_kind != "isotropic":
+            return
+        # Drawn on the CPU, whose generator gives the same numbers whatever the device, and in order of the parameters.
+        key = keyed_bits(self.recipe.seed, "isotropic_noise", 0, torch.tensor([update]))
+        generator = torch.Generator().manual_seed(int(key))
+        for parameter in self.parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if parameter.grad is not None:
+                parameter.grad.add_(noise.to(self.device), alpha=self.regime.gradient_noise_sigma)
 
     def count_update(self) -> None:
         self.row_updates += 1
@@ -373,6 +397,8 @@ class Trainer:
 def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet | ImageFiles, ImageSet | ImageFiles]:
     """The training images, and those the recipe is scored on: the held-out ones, or the split that the set has for it.
 
+    Where the recipe wants random labels, the training images have them.
+
     Raises:
         RecipeError: if the data are not such as the recipe wants them.
         OSError: if they are not to be had.
@@ -386,6 +412,10 @@ def load_sets(recipe: Recipe, data_dir: str | Path | None) -> tuple[ImageSet | I
             train_set, scored_set = (load_images(data.name, s, data_dir=data_dir, **data.in_memory) for s in splits)
     except ValueError as error:
         raise recipe.error(error) from error
+    if data.random_labels:
+        classes = len(train_set.class_names)
+        labels = with_random_labels(train_set.labels, classes, data.random_labels, recipe.seed)
+        train_set = replace(train_set, labels=labels)
     return train_set, scored_set
 
 

@@ -24,6 +24,7 @@ from gbnzoo.data import (
     keyed_normal,
     load_images,
     scored_split,
+    with_random_labels,
 )
 
 
@@ -65,7 +66,16 @@ def test_splitmix64_in_this_file_gives_its_published_outputs():
 
 
 @pytest.mark.parametrize(
-    ("stream", "number"), [("permutation", 0), ("augment", 1), ("gradient_noise", 2), ("holdout", 3)]
+    ("stream", "number"),
+    [
+        ("permutation", 0),
+        ("augment", 1),
+        ("gradient_noise", 2),
+        ("holdout", 3),
+        ("mix", 4),
+        ("random_labels", 5),
+        ("isotropic_noise", 6),
+    ],
 )
 def test_bits_are_splitmix64_seeded_with_each_key_in_turn(stream, number):
     epochs, indices = [0, 0, 3, 120], [0, 5, 5, 977]
@@ -86,6 +96,30 @@ def test_bits_of_neighbouring_seeds_streams_epochs_and_samples_are_unrelated():
     for other in others:
         flipped = torch.stack([(base ^ other) >> k & 1 for k in range(64)]).double().mean(1)
         assert (flipped - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_random_labels_are_keyed_by_seed_and_sample(share):
+    """Against a slow loop: label i goes where its first number is below the share, and its second one says what it becomes."""
+
+    def uniform(stage, i):
+        return (output(output(output(output(0, 7), 5), stage), i) >> 11) / 2**53
+
+    true = [i % 10 for i in range(1000)]
+    expected = [int(uniform(1, i) * 10) if uniform(0, i) < share else label for i, label in enumerate(true)]
+    assert with_random_labels(torch.tensor(true), 10, share, seed=7).tolist() == expected
+
+
+def test_random_labels_are_uniform_and_tell_nothing_of_the_true_ones():
+    n, classes = 50_000, 10
+    true = torch.arange(n) % classes
+    random = with_random_labels(true, classes, 1.0, seed=0)
+    assert chi_square_is_plausible(torch.bincount(true * classes + random, minlength=classes**2), 90)
+    assert not torch.equal(random, with_random_labels(true, classes, 1.0, seed=1))
+    partly = with_random_labels(true, classes, 0.3, seed=0)
+    changed = partly != true
+    assert changed.double().mean().item() == pytest.approx(0.3 * 0.9, abs=5 * math.sqrt(0.27 * 0.73 / n))
+    assert torch.equal(partly[changed], random[changed])
 
 
 def test_normal_numbers_follow_the_normal_distribution():

@@ -184,6 +184,12 @@ def test_and_larger_ones(tmp_path, name, image_size):
     assert relative_distance(runs[2, 2], runs[1, 8]) < 1e-9
 
 
+def test_isotropic_noise_is_the_same_on_any_layout(tmp_path):
+    noise = "gradient_noise={kind: isotropic, sigma: 0.1}"
+    runs = train_on_all_layouts(tmp_path, [*SHORT, noise], layouts=[(2, 16)])
+    assert relative_distance(runs[2, 16], runs[1, 64]) < 1e-9
+
+
 def test_in_float32_layouts_differ_by_the_rounding_of_sums(tmp_path):
     """Measured: 1e-6 after four updates. Later an activation near zero falls on the other side of its ReLU, and then 1e-2."""
     layouts = [(1, 16), (2, 32), (4, 8)]

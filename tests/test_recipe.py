@@ -78,6 +78,7 @@ def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
         ("seed=1.5", "seed: given 1.5, wanted integer"),
         ("precision=half", "precision: given 'half', wanted 'fp32', 'bf16' or 'fp64'"),
         ("gradient_noise={kind: additive, sigma: 1}", "gradient_noise.kind: given 'additive', wanted 'multiplicative'"),
+        ("data.random_labels=1.5", "data.random_labels: given 1.5, wanted less than or equal to 1"),
         ("data.holdout=-1", "data.holdout: given -1, wanted greater than or equal to 0"),
         ("data.transform={}", "augment pad4_crop_flip is for images in memory, transform for images on disk"),
         ("data={name: x, transform: {}}", "transform needs image_size"),

@@ -145,12 +145,64 @@ def test_bf16_trains(tmp_path):
     assert all(value.dtype == torch.float32 for name, value in final_weights(run).items() if name.endswith("weight"))
 
 
-def test_multiplicative_noise_acts_from_rung_lr_on(tmp_path):
-    noise = "gradient_noise={kind: multiplicative, sigma: 0.5}"
+@pytest.mark.parametrize("kind", ["multiplicative", "isotropic"])
+def test_gradient_noise_acts_from_rung_lr_on(tmp_path, kind):
+    noise = f"gradient_noise={{kind: {kind}, sigma: 0.5}}"
     for rung, acts in (("lb", False), ("lr", True)):
         plain = final_weights(trained(tmp_path / "plain", rung=rung))
         noisy = final_weights(trained(tmp_path / "noisy", noise, rung=rung))
         assert any(not torch.equal(plain[name], noisy[name]) for name in plain) == acts
+
+
+def noise_of_one_update(out, seed=0):
+    """What isotropic noise of standard deviation 0.1 adds to all weights, over learning rate and deviation.
+
+    The gradient is clipped to next to nothing; noise that were added before would be too.
+    """
+    one_update = ["precision=fp64", "base.epochs=0.05", "base.milestones=[]", "optimizer.clip_grad_norm=1e-9"]
+    plain = trained(out / "plain", *one_update, seed=seed)
+    noisy = trained(out / "noisy", *one_update, "gradient_noise={kind: isotropic, sigma: 0.1}", seed=seed)
+    [row] = noisy.rows()
+    moved = [
+        (final_weights(noisy)[name] - final_weights(plain)[name]).flatten()
+        for name in plain.initial_weights()
+        if "running" not in name and "num_batches" not in name
+    ]
+    return torch.cat(moved) / (-float(row["lr"]) * 0.1)
+
+
+def test_isotropic_noise_is_standard_normal_on_every_coordinate(tmp_path):
+    noise, other = (noise_of_one_update(tmp_path / str(seed), seed) for seed in (0, 1))
+    n = len(noise)
+    assert n > 4000
+    # Mean, variance and fourth moment of N(0, 1) are 0, 1 and 3; their estimates' deviations sqrt(1, 2 and 96 over n).
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+        assert noise.pow(power).mean().item() == pytest.approx(expected, abs=5 * (variance / n) ** 0.5)
+    assert abs(noise @ other) < 5 * n**0.5
+    assert abs(noise[1:] @ noise[:-1]) < 5 * n**0.5
+
+
+def test_isotropic_noise_is_another_at_each_update_and_the_same_again_after_a_resume(tmp_path):
+    arguments = ("gradient_noise={kind: isotropic, sigma: 0.1}", "base.epochs=0.5", "base.milestones=[]")
+    run = trained(tmp_path, *arguments, checkpoint_seconds=0)
+    newest = max((run.folder / "checkpoints").glob("update*"))
+    whole = final_weights(run)
+    newest.unlink()
+    assert run.latest_checkpoint().update == 9
+    resumed = final_weights(trained(tmp_path, *arguments, resume=True))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_random_labels_are_of_training_images_alone(tmp_path):
+    override = ["data.holdout=297", "data.random_labels=1.0"]
+    train_set, scored_set = load_sets(load_recipe(DIGITS, override), None)
+    true_set, true_scored_set = load_sets(load_recipe(DIGITS, override[:1]), None)
+    assert torch.equal(scored_set.labels, true_scored_set.labels)
+    assert torch.equal(train_set.images, true_set.images)
+    kept = (train_set.labels == true_set.labels).double().mean().item()
+    assert kept == pytest.approx(0.1, abs=0.05)  # 1000 labels, of ten classes
+    other_seed, _ = load_sets(load_recipe(DIGITS, override, seed=1), None)
+    assert not torch.equal(train_set.labels, other_seed.labels)
 
 
 def test_sgd_is_the_papers_unless_nesterov_is_asked_for():
