@@ -562,7 +562,15 @@ def with_random_labels(labels: Tensor, num_classes: int, share: float, seed: int
 # On the CPU in numpy: for one batch it is several times faster than tensor operations, and no GPU waits for it.
 
 # Streams never share bits. Their numbers, like the hash and the rounds, are part of every trained weight: they stay.
-_STREAMS = {"permutation": 0, "augment": 1, "gradient_noise": 2, "holdout": 3, "mix": 4, "random_labels": 5, "isotropic_noise": 6}
+_STREAMS = {
+    "permutation": 0,
+    "augment": 1,
+    "gradient_noise": 2,
+    "holdout": 3,
+    "mix": 4,
+    "random_labels": 5,
+    "isotropic_noise": 6,
+}
 _FEISTEL_ROUNDS = 8  # after six, neighbours in orders of under 100 samples are visibly unlike random ones
 
 Words = npt.NDArray[np.uint64]  # wrap around

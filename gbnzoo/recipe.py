@@ -93,8 +93,8 @@ class Data(_Section):
     Without `transform` all images are held in memory, and `augment` makes a whole batch of them at once; with it they are
     read from disk as they are needed (`gbnzoo.image_files`). `scored_split` is the one that models are scored on where there
     is no `holdout`: the set's own, or the test split. `random_labels` is the probability with which the label of a training
-    image is replaced, once and for the whole run, by one drawn uniformly from all classes (Zhang et al. 2017, arXiv 1611.03530);
-    images that are scored keep theirs.
+    image is replaced, once and for the whole run, by one drawn uniformly from all classes (Zhang et al. 2017, arXiv
+    1611.03530); images that are scored keep theirs.
     """
 
     name: str

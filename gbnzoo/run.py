@@ -1,4 +1,4 @@
-"""A run's folder: `recipe.yaml log.csv env.json checkpoints/`. What is in it survives a kill at any moment.
+"""A run's folder: `recipe.yaml log.csv layers.csv env.json checkpoints/`. What is in it survives a kill at any moment.
 
 A checkpoint is one safetensors file, written aside, synced and renamed into place; its name carries its update and the
 hash of its bytes, so that a damaged one is known for what it is and the one before it is used.
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,20 @@ LOG_COLUMNS = (
     "weight_distance",  # ‖w_t − w_0‖ over all parameters
     "weight_distance_first",  # the same over parameter 0 alone, which is what the paper's code logs
     "images_per_second",  # training only, since the row before
+    "peak_memory_mib",  # since the process began: on a CPU resident, on CUDA allocated; the largest over processes
     "train_seconds",  # since the start, evaluation included
     "split",
     "top1_percent",
     "top5_percent",
     "eval_loss",
 )
-TIMED_COLUMNS = ("images_per_second", "train_seconds")
+TIMED_COLUMNS = ("images_per_second", "peak_memory_mib", "train_seconds")
 """What may differ between two runs of one recipe and seed."""
+LAYER_COLUMNS = (
+    "update",  # each that log.csv has a row for
+    "layer",  # a module that owns parameters, by its name in the network; "" for the network itself
+    "weight_distance",  # ‖w_t − w_0‖ over the module's own parameters
+)
 
 _CHECKPOINT_NAME = re.compile(r"update(\d{9})\.([0-9a-f]{16})\.safetensors")
 _KEEP = 2
@@ -135,31 +141,57 @@ class Run:
     # ---- log
 
     def rows(self) -> list[dict[str, str]]:
-        """The log's rows in order, as text; a cell that was not measured is empty."""
-        try:
-            text = (self.folder / "log.csv").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
-        # A row cut short, by a kill or a full disk, has no end.
-        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        """The log's rows in order, as text; a cell that was not measured is empty.
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it is on the disk before this returns.
+        Logs of earlier versions have fewer columns; those that they lack are empty too.
+        """
+        return self._rows("log.csv", LOG_COLUMNS)
+
+    def layer_rows(self) -> list[dict[str, str]]:
+        """The rows of layers.csv in order, as text; none in runs of versions that did not write it."""
+        return self._rows("layers.csv", LAYER_COLUMNS)
+
+    def log(self, row: Mapping[str, Any], layers: Mapping[str, float] | None = None) -> None:
+        """Append one row, and one to layers.csv for each layer; they are on the disk before this returns.
+
+        Args:
+            row: cells by column.
+            layers: weight distance by layer.
 
         Raises:
             RunError: if it cannot be written, as of everything here that writes.
         """
-        path = self.folder / "log.csv"
-        if not path.exists():
-            self._write(path, _as_csv([]))
-        with self._naming_failure(path), open(path, "ab") as file:
-            file.write(_as_csv([row]).split(b"\n", 1)[1])
-            file.flush()
-            os.fsync(file.fileno())
+        if layers:
+            cells = [{"update": row["update"], "layer": name, "weight_distance": d} for name, d in layers.items()]
+            self._append("layers.csv", LAYER_COLUMNS, cells)
+        self._append("log.csv", LOG_COLUMNS, [row])
 
     def rewind_log(self, update: int) -> None:
         """Drop the rows after `update`: the run goes on from there and will write them again."""
-        self._write(self.folder / "log.csv", _as_csv([row for row in self.rows() if int(row["update"]) <= update]))
+        for name, columns, rows in (
+            ("log.csv", LOG_COLUMNS, self.rows()),
+            ("layers.csv", LAYER_COLUMNS, self.layer_rows()),
+        ):
+            kept = [row for row in rows if int(row["update"]) <= update]
+            self._write(self.folder / name, _as_csv(kept, columns))
+
+    def _rows(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
+        try:
+            text = (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        # A row cut short, by a kill or a full disk, has no end.
+        whole = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        return [dict.fromkeys(columns, "") | row for row in whole]
+
+    def _append(self, name: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+        path = self.folder / name
+        if not path.exists():
+            self._write(path, _as_csv([], columns))
+        with self._naming_failure(path), open(path, "ab") as file:
+            file.write(_as_csv(rows, columns).split(b"\n", 1)[1])
+            file.flush()
+            os.fsync(file.fileno())
 
     def finished(self) -> tuple[Checkpoint, dict[str, str]]:
         """The last checkpoint and the log's row for it.
@@ -301,9 +333,9 @@ def _unpack(content: bytes) -> Checkpoint:
     return Checkpoint(update, total_updates, model, optimizer, progress)
 
 
-def _as_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
+def _as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()

@@ -6,8 +6,11 @@ Only the first process reads and writes the run's folder; the others get from it
 import contextlib
 import difflib
 import importlib.util
+import math
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -148,11 +151,13 @@ class Trainer:
         first_update = checkpoint.update if checkpoint else 0
         if not (checkpoint and self.run.has_initial):
             self.run.save_initial(self.bare_model.state_dict())
-        self.run.rewind_log(first_update)
         if first_update < self.regime.total_updates:
+            self.run.rewind_log(first_update)
             self.run.record_environment(self._environment(first_update))
         initial = self.run.initial_weights()
-        self.initial = [initial[name].to(self.device) for name, _ in self.bare_model.named_parameters()]
+        names = [name for name, _ in self.bare_model.named_parameters()]
+        self.initial = [initial[name].to(self.device) for name in names]
+        self.layers = [name.rpartition(".")[0] for name in names]  # of the module that owns each
         return checkpoint
 
     def _begin(self, checkpoint: Checkpoint | None) -> None:
@@ -257,14 +262,16 @@ class Trainer:
     def log(self, done: int, grad_norm: Tensor, bar: tqdm) -> None:
         """Write a row of the log; where an evaluation is due, evaluate."""
         images_per_second = self.row_updates * self.regime.batch_size / (self.train_seconds - self.row_began)
+        distances, layers = on_first_process(self._weight_distances)
         row = {
             "update": done,
             "samples": done * self.regime.batch_size,
             "lr": self.regime.lr_at(done - 1),
             "train_loss": self._over_processes(self.loss_sum).item() / self.row_updates,
             "grad_norm": grad_norm.item(),
-            **on_first_process(self._weight_distances),
+            **distances,
             "images_per_second": round(images_per_second, 1),
+            "peak_memory_mib": self._peak_memory_mib(),
         }
         if done in self.evaluated_updates:
             metrics = self.evaluate()
@@ -282,8 +289,9 @@ class Trainer:
                     flush=True,
                 )
         row["train_seconds"] = round(self.train_seconds, 2)
-        on_first_process(lambda: self.run.log(row))
-        self.accelerator.log({k: v for k, v in row.items() if k != "split"}, step=done)
+        on_first_process(lambda: self.run.log(row, layers))
+        scalars = row | {f"weight_distance/{layer or 'network'}": distance for layer, distance in layers.items()}
+        self.accelerator.log({k: v for k, v in scalars.items() if k != "split"}, step=done)
         self.loss_sum.zero_()
         self.row_updates, self.row_began = 0, self.train_seconds
 
@@ -348,11 +356,26 @@ class Trainer:
         torch.distributed.all_reduce(value)
 
     @torch.no_grad()
-    def _weight_distances(self) -> dict[str, float]:
+    def _weight_distances(self) -> tuple[dict[str, float], dict[str, float]]:
+        """‖w_t − w_0‖ by column of log.csv, and by layer."""
         squares = torch.stack(
             [(p - w).double().square().sum() for p, w in zip(self.parameters, self.initial, strict=True)]
-        )
-        return {"weight_distance": squares.sum().sqrt().item(), "weight_distance_first": squares[0].sqrt().item()}
+        ).tolist()
+        layers: dict[str, float] = {}
+        for layer, square in zip(self.layers, squares, strict=True):
+            layers[layer] = layers.get(layer, 0.0) + square
+        columns = {"weight_distance": sum(squares), "weight_distance_first": squares[0]}
+        return tuple({name: math.sqrt(square) for name, square in part.items()} for part in (columns, layers))
+
+    def _peak_memory_mib(self) -> int:
+        """Of the process that has taken most since it began: resident on a CPU, allocated on CUDA."""
+        if self.device.type == "cuda":
+            num_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        taken = self.accelerator.gather(torch.tensor([num_bytes], device=self.device))
+        return round(taken.max().item() / 2**20)
 
     def _diverged(self, what: str, update: int) -> DivergedError:
         kept = f"checkpoint of update {self.saved_update}" if self.saved_update else "no checkpoint yet"

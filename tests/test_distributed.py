@@ -83,6 +83,10 @@ def assert_same_log(run, reference, rel):
                 assert row[column] == expected[column]
             else:
                 assert float(row[column]) == pytest.approx(float(expected[column]), rel=rel), column
+    assert len(run.layer_rows()) == len(reference.layer_rows()) > 0
+    for row, expected in zip(run.layer_rows(), reference.layer_rows(), strict=True):
+        assert (row["update"], row["layer"]) == (expected["update"], expected["layer"])
+        assert float(row["weight_distance"]) == pytest.approx(float(expected["weight_distance"]), rel=rel, abs=1e-15)
 
 
 @pytest.fixture(scope="module")

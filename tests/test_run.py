@@ -99,10 +99,11 @@ def test_damaged_initial_weights_are_named_with_the_cure(run):
     [
         (lambda run: run.save_checkpoint(checkpoint(2)), r"update000000002\S+"),
         (lambda run: run.log(row(2)), r"log\.csv"),
+        (lambda run: run.log(row(2), {"conv1": 1.0}), r"layers\.csv"),
         (lambda run: run.rewind_log(0), r"log\.csv"),
         (lambda run: run.record_environment({}), r"env\.json"),
     ],
-    ids=["checkpoint", "log", "log rewound", "environment"],
+    ids=["checkpoint", "log", "layers", "log rewound", "environment"],
 )
 def test_a_full_disk_is_named_and_loses_nothing(run, monkeypatch, write, file):
     run.log(row(1))
@@ -141,6 +142,44 @@ def test_the_log_is_rewound_to_a_checkpoint(run):
     assert [int(r["update"]) for r in run.rows()] == [1, 2, 5]
     run.log(row(6, split="test"))
     assert run.rows()[-1] == {column: str(value) for column, value in row(6, split="test").items()}
+
+
+def test_what_is_logged_of_layers_is_rewound_with_the_log(run):
+    for update in (1, 2, 5):
+        run.log(row(update), {"conv1": update / 2, "bn1": 0.25, "": 3.0})
+    run.rewind_log(2)
+    run.log(row(3), {"conv1": 7.0})
+    assert (run.folder / "layers.csv").read_text() == (
+        "update,layer,weight_distance\n1,conv1,0.5\n1,bn1,0.25\n1,,3.0\n2,conv1,1.0\n2,bn1,0.25\n2,,3.0\n3,conv1,7.0\n"
+    )
+    assert [r["update"] for r in run.rows()] == ["1", "2", "3"]
+    assert run.layer_rows()[-1] == {"update": "3", "layer": "conv1", "weight_distance": "7.0"}
+
+
+def test_layers_cut_short_are_no_rows_and_are_gone_after_a_rewind(run):
+    run.log(row(1), {"conv1": 1.0})
+    run.log(row(2), {"conv1": 2.0, "bn1": 3.0})
+    path = run.folder / "layers.csv"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert [(r["update"], r["layer"]) for r in run.layer_rows()] == [("1", "conv1"), ("2", "conv1")]
+    run.rewind_log(1)
+    run.log(row(2), {"conv1": 2.0, "bn1": 3.0})
+    assert [(r["update"], r["layer"]) for r in run.layer_rows()] == [("1", "conv1"), ("2", "conv1"), ("2", "bn1")]
+
+
+def test_a_log_of_an_earlier_version_is_read_and_gone_on_with(run):
+    """Before layers.csv and the column of memory: the committed logs under hub/ are such."""
+    before = [column for column in LOG_COLUMNS if column != "peak_memory_mib"]
+    path = run.folder / "log.csv"
+    path.write_text(",".join(before) + "\n" + ",".join("7" for _ in before) + "\n")
+    assert run.layer_rows() == []
+    assert [(r["update"], r["train_seconds"], r["peak_memory_mib"]) for r in run.rows()] == [("7", "7", "")]
+    run.rewind_log(7)
+    run.log(row(8, peak_memory_mib=512), {"conv1": 1.0})
+    assert [(r["update"], r["train_seconds"], r["peak_memory_mib"]) for r in run.rows()] == [
+        ("7", "7", ""),
+        ("8", "0.5", "512"),
+    ]
 
 
 @pytest.mark.parametrize("cut", [-1, -3, -30], ids=["its line end", "part of its last cell", "some cells"])

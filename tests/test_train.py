@@ -1,15 +1,20 @@
 """Training: the same end whatever the layout or the interruptions, and clear words where it cannot go on."""
 
+import itertools
+import math
+import re
 import time
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from processes import Together, run_together
 
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import TIMED_COLUMNS, Run, RunError
 from gbnzoo.train import train
-from gbnzoo.trainer import DivergedError, build_model, build_optimizer, load_sets
+from gbnzoo.trainer import DivergedError, _log_spaced, build_model, build_optimizer, load_sets
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
 SHORT = ["base.epochs=2", "base.milestones=[1]", "evaluations=2", "large.batch_size=64"]
@@ -35,9 +40,8 @@ def test_a_run_ends_at_its_last_update_with_its_log_complete(tmp_path):
     assert checkpoint.update == 40
     assert [int(row["update"]) for row in run.rows()] == [1, 2, 3, 4, 6, 7, 10, 13, 18, 20, 24, 32, 40]
     assert [row["update"] for row in run.rows() if row["top1_percent"]] == ["20", "40"]
-    assert all(
-        row[c] for row in run.rows() for c in ("lr", "train_loss", "grad_norm", "weight_distance", "images_per_second")
-    )
+    measured = ("lr", "train_loss", "grad_norm", "weight_distance", "images_per_second", "peak_memory_mib")
+    assert all(row[column] for row in run.rows() for column in measured)
     assert last["split"] == "test"
     assert float(last["top1_percent"]) > 60  # chance is 10
     assert run.environments()[0]["data"]["num_samples"] == 1297
@@ -52,6 +56,47 @@ def test_logged_distances_are_those_of_the_weights(tmp_path):
     assert float(last["weight_distance"]) == pytest.approx(torch.dist(flat, flat_0).item(), rel=1e-6)
     first = torch.dist(checkpoint.model["conv1.weight"], initial["conv1.weight"]).item()
     assert float(last["weight_distance_first"]) == pytest.approx(first, rel=1e-5)
+
+
+def test_logged_distances_of_layers_are_those_of_their_own_parameters(tmp_path):
+    """Against the checkpoint, for each module that has parameters itself; together they make up the whole."""
+    run = trained(tmp_path)
+    checkpoint, last = run.finished()
+    initial = run.initial_weights()
+    expected = {}
+    for layer, module in timm.create_model("resnet8_thin_gbn", in_chans=1).named_modules():
+        if own := [f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)]:
+            flat, flat_0 = (torch.cat([w[n].double().flatten() for n in own]) for w in (checkpoint.model, initial))
+            expected[layer] = torch.dist(flat, flat_0).item()
+    assert len(expected) > 10
+    rows = run.layer_rows()
+    assert [row["update"] for row in rows[:: len(expected)]] == [row["update"] for row in run.rows()]
+    logged = {row["layer"]: float(row["weight_distance"]) for row in rows if row["update"] == last["update"]}
+    assert logged == pytest.approx(expected, rel=1e-6)
+    assert list(logged) == list(expected)
+    assert sum(d**2 for d in logged.values()) == pytest.approx(float(last["weight_distance"]) ** 2, rel=1e-9)
+
+
+def test_memory_is_the_peak_of_the_process(tmp_path):
+    """Linux's own account of it, in KiB; the peak never falls."""
+    run = trained(tmp_path)
+    logged = [int(row["peak_memory_mib"]) for row in run.rows()]
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+    assert logged == sorted(logged)
+    assert logged[-1] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("total", [1, 100, 78_125, 10_000_000])
+def test_rows_are_as_many_as_the_logarithm_of_the_updates_and_evenly_spaced_in_it(total):
+    """That is what makes logging cheap: eight a decade, so that each takes the count up by at most a half, once past 4."""
+    updates = sorted(_log_spaced(total))
+    assert updates[0] == 1
+    assert len(updates) <= 8 * math.log10(total) + 1
+    assert all(b <= 1.5 * a for a, b in itertools.pairwise([u for u in updates if u >= 4]))
+    assert updates[-1] * 1.5 > total
 
 
 @pytest.mark.parametrize("micro_batch_size", [16, 32])
@@ -105,15 +150,14 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
     [resumed] = run_together(1, train_sb, tmp_path / "killed")
     assert [e["first_update"] for e in resumed.environments()] == [0, stopped_at]
     assert comparable(resumed.rows()) == comparable(whole.rows())
+    assert resumed.layer_rows() == whole.layer_rows()
     for name, value in final_weights(whole).items():
         assert torch.equal(final_weights(resumed)[name], value), name
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     run = trained(tmp_path)
-    before = {
-        path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file() and path.name != "log.csv"
-    }
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
     rows = run.rows()
     trained(tmp_path, resume=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
