@@ -715,7 +715,8 @@ class MicroBatches:
         labels = self.augment.image_set.labels
         for positions in self.positions:
             index, epoch = indices[positions], epochs[positions]
-            yield MicroBatch(index, epoch, self.augment(index, epoch), labels[index.to(labels.device)])
+            on_device = index.to(labels.device, non_blocking=True)
+            yield MicroBatch(index, epoch, self.augment(index, epoch), labels[on_device])
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from gbnzoo.run import Checkpoint, Run, RunError
 TRACKERS = ("tensorboard", "trackio", "wandb")
 EVALUATION_BATCH_SIZE = 256
 POLL_SECONDS = 1.0
+_FUSED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class DivergedError(RunError):
@@ -166,7 +167,7 @@ class Trainer:
         self.first_update = 0
         if checkpoint:
             self.bare_model.load_state_dict(checkpoint.model)
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": checkpoint.optimizer})
+            load_optimizer_state(self.optimizer, checkpoint.optimizer, checkpoint.update)
             self.first_update, progress = checkpoint.update, checkpoint.progress
         shard_running_statistics(self.bare_model, self.rank // self.layout.processes_per_ghost, self.layout.groups)
         # They are merged by hand, exactly, where they are read; DistributedDataParallel would send them around at each forward.
@@ -209,7 +210,8 @@ class Trainer:
                 losses = sample_losses(self.recipe, self.model(batch.images), batch.labels)
                 loss += losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
                 if self.noise_kind == "multiplicative":
-                    noise = keyed_normal(self.recipe.seed, "gradient_noise", batch.epochs, batch.indices).to(losses)
+                    noise = keyed_normal(self.recipe.seed, "gradient_noise", batch.epochs, batch.indices)
+                    noise = noise.to(losses, non_blocking=True)
                     losses = losses * (1 + self.regime.gradient_noise_sigma * noise)
                 # Data parallelism averages over processes; times their number, that is the mean over the global batch.
                 self.accelerator.backward(losses.sum() * (self.world_size / self.regime.batch_size))
@@ -234,7 +236,7 @@ class Trainer:
         for parameter in self.parameters:
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.grad is not None:
-                parameter.grad.add_(noise.to(self.device), alpha=self.regime.gradient_noise_sigma)
+                parameter.grad.add_(noise.to(self.device, non_blocking=True), alpha=self.regime.gradient_noise_sigma)
 
     def count_update(self) -> None:
         self.row_updates += 1
@@ -547,18 +549,41 @@ def _alike(name: str) -> str:
 
 
 def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """One of timm's optimizers; its rate is set at each update."""
+    """One of timm's optimizers, in one pass over the parameters where torch has that; its rate is set at each update."""
     # timm calls SGD with Nesterov's momentum "sgd", and without it "momentum".
     name = "momentum" if settings.name == "sgd" and not settings.nesterov else settings.name
-    return create_optimizer_v2(
-        model,
-        opt=name,
-        lr=0.0,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        filter_bias_and_bn=not settings.decay_norm_and_bias,
-        **settings.args,
-    )
+
+    def build(**more: bool) -> torch.optim.Optimizer:
+        return create_optimizer_v2(
+            model,
+            opt=name,
+            lr=0.0,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            filter_bias_and_bn=not settings.decay_norm_and_bias,
+            **settings.args,
+            **more,
+        )
+
+    optimizer = build()
+    if type(optimizer) in _FUSED_OPTIMIZERS and not {"foreach", "fused", "differentiable"} & settings.args.keys():
+        # On one core 1.6 to 2.5 times as fast as torch's loop: F1 1.6 ms an update and not 2.7, which is 14 % of one of 128.
+        optimizer = build(fused=True)
+    return optimizer
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]], update: int) -> None:
+    """Go on after so many updates with the state of each parameter, by its index, however it is laid out in memory.
+
+    torch's fused optimizers on the CPU take it for laid out as the parameter is, and are silently wrong where it is not. Some
+    of timm's (Lamb, Adan) count updates in their groups and not in the state.
+    """
+    groups = [group | {"step": update} for group in optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _installed(tracker: str | None) -> str | None:

@@ -14,7 +14,15 @@ from processes import Together, run_together
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import TIMED_COLUMNS, Run, RunError
 from gbnzoo.train import train
-from gbnzoo.trainer import DivergedError, _log_spaced, build_model, build_optimizer, load_sets
+from gbnzoo.trainer import (
+    DivergedError,
+    Trainer,
+    _log_spaced,
+    build_model,
+    build_optimizer,
+    load_optimizer_state,
+    load_sets,
+)
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
 SHORT = ["base.epochs=2", "base.milestones=[1]", "evaluations=2", "large.batch_size=64"]
@@ -259,6 +267,33 @@ def test_sgd_is_the_papers_unless_nesterov_is_asked_for():
     assert [decays[id(p)] for p in model.parameters()] == [1e-4, 0, 0, 0]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "adan"])
+def test_updates_in_one_pass_are_torchs_own_before_and_after_a_checkpoint(name):
+    """Against torch's loop over contiguous tensors; the checkpoint's tensors are contiguous, the parameters channels_last."""
+    settings = load_recipe(DIGITS).optimizer.model_copy(update={"name": name})
+    plain, fast = ([torch.nn.Conv2d(3, 4, 3, dtype=torch.float64), torch.nn.BatchNorm2d(4).double()] for _ in range(2))
+    plain, fast = torch.nn.Sequential(*plain), torch.nn.Sequential(*fast)
+    fast.load_state_dict(plain.state_dict())
+    fast.to(memory_format=torch.channels_last)
+    is_torchs = name in ("sgd", "adam", "adamw")
+    before = build_optimizer(settings.model_copy(update={"args": {"foreach": False}} if is_torchs else {}), plain)
+    after = build_optimizer(settings, fast)
+    assert after.defaults.get("fused") is (True if is_torchs else None)
+    for update in range(4):
+        if update == 2:
+            state = {i: {k: v.clone() for k, v in s.items()} for i, s in before.state_dict()["state"].items()}
+            after = build_optimizer(settings, fast)
+            load_optimizer_state(after, state, update)
+        for model, optimizer in ((plain, before), (fast, after)):
+            torch.manual_seed(update)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+    for theirs, ours in zip(plain.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
 def test_a_held_out_split_is_scored_in_place_of_the_test_split(tmp_path):
     run = trained(tmp_path, "data.holdout=297")
     assert run.environments()[0]["data"]["num_samples"] == 1000
@@ -278,3 +313,31 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(ValueError, match=message):
         trained(tmp_path, override, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_update_never_makes_the_host_wait_for_the_gpu(tmp_path):
+    noise = "gradient_noise={kind: multiplicative, sigma: 0.5}"
+    recipe = load_recipe(DIGITS, [*SHORT, noise, "data.augment=pad1_crop", "precision=bf16"], rung="gbn")
+    trainer = Trainer(
+        recipe,
+        data_dir=None,
+        out=tmp_path,
+        processes=None,
+        micro_batch_size=32,
+        tracker=None,
+        checkpoint_seconds=60,
+        timeout_seconds=60,
+    )
+    with trainer.opened_run(resume=False):
+        for update in range(3):
+            if update == 1:  # the first compiles and allocates
+                torch.cuda.set_sync_debug_mode("error")
+            trainer.set_rates(update)
+            trainer.add_gradients(update)
+            trainer.clip_gradients(update)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
