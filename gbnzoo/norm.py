@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from gbnzoo import kernels
+from gbnzoo.kernels.cpu import Folding
 from gbnzoo.spanning import spanning_batch_norm
 
 
@@ -57,6 +58,7 @@ def ghost_batch_norm(
 
     Raises:
         ValueError: BatchNorm's own, if a ghost holds a single value per channel.
+        RuntimeError: as BatchNorm, if weight or bias do not fit x.
 
     Source: Hoffer et al. 2017, arXiv 1705.08741, algorithm 1.
     """
@@ -64,6 +66,12 @@ def ghost_batch_norm(
     if not torch.jit.is_scripting():
         # A constant to torch.compile, which then compiles once per batch size; about a symbolic one it reasons for minutes.
         rows = operator.index(rows)
+        for parameter in (weight, bias):
+            if parameter is not None and parameter.shape != x.shape[1:2]:
+                raise RuntimeError(
+                    f"weight and bias must have one element for each of the {x.shape[1]} channels of the input, not the shape"
+                    f" {tuple(parameter.shape)}"
+                )
         kernel = kernels.pick(x, ghost_rows, residual)
         if kernel is not None:
             return kernel(x, weight, bias, ghost_rows, eps, residual, relu)
@@ -171,6 +179,9 @@ class _GhostBatchNorm(_BatchNorm):
     def normalize_ghosts(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         if not torch.jit.is_scripting():
             self._count_rows(input.shape[0])
+            y = self._normalize_directly(input, residual, relu)
+            if y is not None:
+                return y
         ghost_rows = self.ghost_batch_size * self.rows_per_sample
         if self.process_group is None:
             y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps, residual, relu)
@@ -180,6 +191,32 @@ class _GhostBatchNorm(_BatchNorm):
         if self.track_running_stats and not _is_recomputation():
             self.update_running_statistics(mean, var)
         return y
+
+    def _normalize_directly(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+        """All that `normalize_ghosts` does in one call of a kernel; None where there is none that can."""
+        if self.process_group is not None:
+            return None
+        ghost_rows = self.ghost_batch_size * self.rows_per_sample
+        weight, bias, running, folding = self.weight, self.bias, (), None
+        if self.track_running_stats and not _is_recomputation():
+            buffers = self._buffers  # sooner than through nn.Module.__getattr__
+            running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        kernel = kernels.pick_direct(input, ghost_rows, residual, (weight, bias), running)
+        if kernel is None:
+            return None
+        if running:
+            folding = self._folding(running, max(1, input.shape[0] // ghost_rows))
+        return kernel(input, weight, bias, ghost_rows, self.eps, residual, relu, folding)
+
+    def _folding(self, running: tuple[Tensor, Tensor, Tensor], ghosts: int) -> Folding:
+        """What `update_running_statistics` does, for a kernel to do."""
+        counted = ghosts * self.world_size
+        if self.momentum is None:
+            total = running[2].item() + counted
+            return Folding(*running, counted, 1 - counted / total, 1.0, 1 / total)
+        keep = 1 - self.momentum
+        step = keep**self.world_size
+        return Folding(*running, counted, step**ghosts, step, self.momentum * keep ** (self.world_size - 1 - self.rank))
 
     def _normalize_part_of_ghost(self, input: Tensor, ghost_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         processes = torch.distributed.get_world_size(self.process_group)

@@ -103,8 +103,8 @@ def launches(monkeypatch, shape, ghost, layout, dtype, fusion, device):
     monkeypatch.setattr(gpu, "_launch", note)
     x = laid_out(torch.empty(shape, dtype=dtype, device="meta"), layout)
     weight = torch.empty(shape[1], device="meta")
-    y, mean, _, invstd = gpu.forward(x, x if adds else None, weight, weight, ghost, 1e-5, relu)
-    gpu.backward(x, x, y if adds and relu else None, weight, weight, mean, invstd, ghost, relu)
+    y, statistics = gpu.forward(x, x if adds else None, weight, weight, ghost, 1e-5, relu)
+    gpu.backward(x, x, y if adds and relu else None, weight, weight, statistics, ghost, relu)
     return seen.values()
 
 

@@ -1,5 +1,6 @@
 """The CPU kernels, one for each instruction set, against torch's BatchNorm on each ghost in float64."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gbnzoo import kernels
 from gbnzoo.kernels import cpu, reference
-from gbnzoo.norm import GhostBatchNorm2d, GhostBatchNormAct2d
+from gbnzoo.norm import GhostBatchNorm2d, GhostBatchNormAct2d, shard_running_statistics
 
 GHOST = 8
 SHAPES = [  # whole and ragged batches, fewer samples than a ghost; vectors that fit and that do not
@@ -256,9 +258,102 @@ def test_operators_keep_their_promises_to_torch(kernel):
     forward = torch.ops.gbnzoo.ghost_batch_norm.default
     for residual in (None, x):
         torch.library.opcheck(forward, (x, residual, weight, bias, GHOST, 1e-5, True), test_utils=checks)
-        y, mean, _, invstd = forward(x, residual, weight, bias, GHOST, 1e-5, True)
-        arguments = (x, x, None if residual is None else y, weight, bias, mean, invstd, GHOST, True)
+        y, statistics = forward(x, residual, weight, bias, GHOST, 1e-5, True)
+        arguments = (x, x, None if residual is None else y, weight, bias, statistics, GHOST, True)
         torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm_backward.default, arguments, test_utils=checks)
+
+
+class Onlooker(TorchDispatchMode):
+    """Under it the kernels are operators, see `cpu.is_direct`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("kernel")
+def test_past_the_dispatcher_and_as_operators_the_kernels_give_the_same_bits(dtype, layout, fusion):
+    adds, relu = FUSIONS[fusion]
+    x, residual, dy = (laid_out(torch.randn(20, 6, 5, 5), layout).to(dtype) for _ in range(3))
+
+    def results(layer):
+        inputs = [x.requires_grad_(), *layer.parameters()] + ([residual.requires_grad_()] if adds else [])
+        y = layer.normalize(x, residual if adds else None, relu)
+        return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+    direct = GhostBatchNorm2d(6, ghost_batch_size=GHOST)
+    watched = copy.deepcopy(direct)
+    with Onlooker():
+        theirs = results(watched)
+    for mine, other in zip(results(direct), theirs, strict=True):
+        assert torch.equal(mine, other)
+    torch.testing.assert_close(direct.state_dict(), watched.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
+@pytest.mark.usefixtures("instruction_set")
+def test_running_statistics_are_those_of_one_ghost_after_the_other(momentum, rank, world_size):
+    """A loop in float64 over all processes' ghosts, of which this one knows its own, the others being zero."""
+    layer = GhostBatchNorm2d(70, ghost_batch_size=2, momentum=momentum)
+    shard_running_statistics(layer, rank, world_size)
+    mean, variance = layer.running_mean.double(), layer.running_var.double()
+    seen = 0
+    for samples in (9, 40):
+        x = 3 * torch.randn(samples, 70, 3, 3) + 2
+        layer(x)
+        for i in range(samples // 2):
+            ghost = x[2 * i : None if i == samples // 2 - 1 else 2 * i + 2].double()
+            for process in range(world_size):
+                seen += 1
+                fraction = 1 / seen if momentum is None else momentum
+                mine = process == rank
+                mean = (1 - fraction) * mean + fraction * mine * ghost.mean((0, 2, 3))
+                variance = (1 - fraction) * variance + fraction * mine * ghost.transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-6, atol=1e-7)
+    assert layer.num_batches_tracked == seen
+
+
+def test_a_batch_that_changes_what_a_pending_gradient_needs_is_noticed(kernel):
+    layer = GhostBatchNorm2d(3, ghost_batch_size=2)
+    x = torch.randn(4, 3, 2, 2)
+    loss = layer.eval()(x.requires_grad_()).square().sum()
+    layer.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_who_looks_on_sees_operators(kernel):
+    layer, x = GhostBatchNorm2d(3, ghost_batch_size=2), torch.randn(4, 3, 2, 2)
+    assert cpu.is_direct(x)
+    with torch.autograd.profiler.profile() as profile:
+        layer(x.requires_grad_()).sum().backward()
+    names = {event.name for event in profile.function_events}
+    assert {"gbnzoo::ghost_batch_norm", "gbnzoo::ghost_batch_norm_backward"} <= names
+    assert torch.func.vmap(lambda x: torch.tensor(cpu.is_direct(x)).expand(1))(x).logical_not().all()
+    assert not cpu.is_direct(x, x.to("meta"))
+
+
+def test_many_gradients_at_once(kernel):
+    x, dys = torch.randn(8, 3, 2, 2, requires_grad=True), torch.randn(5, 8, 3, 2, 2)
+    y, *_ = kernel(x, None, None, GHOST, 1e-5)
+    (together,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    for dy, dx in zip(dys, together, strict=True):
+        assert torch.equal(torch.autograd.grad(y, x, dy, retain_graph=True)[0], dx)
+
+
+def test_parameters_of_other_channels_are_refused(kernel):
+    layer = GhostBatchNorm2d(3, ghost_batch_size=2, track_running_stats=False)
+    with pytest.raises(RuntimeError, match=r"5 channels .* \(3,\)"):
+        layer(torch.randn(4, 5, 2, 2))
+
+
+def test_a_kernel_of_other_arguments_is_not_loaded(kernel, monkeypatch):
+    monkeypatch.setattr(cpu, "_INTERFACE", cpu._INTERFACE + 1)
+    assert [cpu.load(name) for name in cpu.INSTRUCTION_SETS] == [None, None, None]
 
 
 def test_pick_leaves_to_torch_what_no_kernel_does(kernel):

@@ -1,28 +1,37 @@
 """The ghost norm on CPUs: `ghost_norm.cpp`, called through ctypes, as two torch operators and their autograd function.
 
 The operators have fake implementations, so torch.compile and torch.export trace them; what they compute is
-`reference.ghost_batch_norm`.
+`reference.ghost_batch_norm`. Where nobody traces, the autograd function calls the kernels without them: for a small layer
+torch's way to a custom operator costs more than the norm itself.
 """
 
 import contextlib
 import ctypes
 import filecmp
-from collections.abc import Iterator
-from ctypes import c_float, c_int, c_int64, c_void_p
+import functools
+import math
+import struct
+from collections.abc import Callable, Iterator
+from ctypes import c_char_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from gbnzoo.kernels import reference
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # best first
 DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
-_SHAPE = [c_int64, c_int64, c_int64, c_int64, c_int, c_int, c_int64]
-_ARGUMENTS = {"forward": [*_SHAPE, c_float, *[c_void_p] * 8], "backward": [*_SHAPE, *[c_void_p] * 11]}
+_INTERFACE = 2  # of the functions in ghost_norm.cpp
+# Their arguments there, in one piece: ctypes takes longer over each than small layers do over the norm.
+_FORWARD_ARGUMENTS, _BACKWARD_ARGUMENTS = struct.Struct("7q9Qq4d"), struct.Struct("7q10Q")
+_PLAIN_CLASSES = (Tensor, Parameter)
 
 
 def _folders() -> Iterator[Path]:
@@ -38,19 +47,23 @@ def _folders() -> Iterator[Path]:
 
 
 def load(instruction_set: str) -> ctypes.CDLL | None:
-    """The kernel compiled for an instruction set; None if it was not compiled or this processor cannot run it."""
+    """The kernel compiled for an instruction set; None if it was not compiled since the functions in it last changed their
+    arguments, or this processor cannot run it.
+    """
     names = [f"_ghost_norm_{instruction_set}{suffix}" for suffix in EXTENSION_SUFFIXES]
     paths = [folder / name for folder in _folders() for name in names]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "ghost_norm_interface") or library.ghost_norm_interface() != _INTERFACE:
+        return None
     if not library.ghost_norm_is_supported():
         return None
     for dtype in DTYPES.values():
-        for direction, arguments in _ARGUMENTS.items():
+        for direction in ("forward", "backward"):
             function = getattr(library, f"ghost_norm_{direction}_{dtype}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = [c_char_p], None
     # The OpenMP runtime torch has loaded for all to see: a second one would fight it for the cores. Without, one thread works.
     if gomp_parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None):
         library.ghost_norm_use_threads_of(gomp_parallel)
@@ -58,6 +71,18 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
 
 
 LIBRARY = next(filter(None, map(load, INSTRUCTION_SETS)), None)
+
+
+class Folding(NamedTuple):
+    """How a batch's G ghosts are folded into running statistics: r ← keep · r + last · Σ_g step^(G-1-g) · s_g."""
+
+    mean: Tensor  # the running ones, float32 [C], changed in place
+    variance: Tensor
+    count: Tensor  # int64, which grows by `counted`
+    counted: int
+    keep: float
+    step: float
+    last: float
 
 
 def ghost_batch_norm(
@@ -74,42 +99,81 @@ def ghost_batch_norm(
     Departs from it in that `residual` [as x] is added and the ReLU taken before the result is rounded to x's dtype.
     x is float32 or bfloat16, with more than one value per channel in each ghost.
     """
-    y, mean, variance, _ = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu)
+    y, statistics = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu, None)
+    mean, variance, _ = statistics.unbind()
     return y, mean, variance
+
+
+def fold_and_normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ghost_rows: int,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    folding: Folding | None,
+) -> Tensor:
+    """`ghost_batch_norm`'s y, in one call that also folds the statistics into the running ones; only if `is_direct`."""
+    y, _ = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu, folding)
+    if folding is not None:
+        increment_version(folding[:3])
+    return y
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors in this process's memory, and torch would run an operator on them at once.
+
+    Not so while something records, transforms or counts operators. Then the kernels must be operators too.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    return all(tensor is None or (type(tensor) in _PLAIN_CLASSES and tensor.is_cpu) for tensor in tensors)
 
 
 class _GhostBatchNorm(torch.autograd.Function):
     """Keeps x alone for the backward pass, and y too where a residual was added before the ReLU."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, ghost_rows, eps, relu):
-        y, mean, variance, invstd = torch.ops.gbnzoo.ghost_batch_norm(x, residual, weight, bias, ghost_rows, eps, relu)
-        ctx.mark_non_differentiable(mean, variance, invstd)
+    def forward(ctx, x, residual, weight, bias, ghost_rows, eps, relu, folding):
+        if folding is not None or is_direct(x, residual, weight, bias):
+            y, statistics = _forward(x, residual, weight, bias, ghost_rows, eps, relu, folding)
+        else:
+            y, statistics = torch.ops.gbnzoo.ghost_batch_norm(x, residual, weight, bias, ghost_rows, eps, relu)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
+        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, statistics)
         ctx.has_residual, ctx.ghost_rows, ctx.eps, ctx.relu = residual is not None, ghost_rows, eps, relu
-        return y, mean, variance, invstd
+        return y, statistics
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy, _):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(ctx, dy), None, None, None
-        x, y, weight, bias, mean, invstd = ctx.saved_tensors
-        dx, dresidual, dweight, dbias = torch.ops.gbnzoo.ghost_batch_norm_backward(
-            dy, x, y, weight, bias, mean, invstd, ctx.ghost_rows, ctx.relu
-        )
+            return *_differentiable_backward(ctx, dy), None, None, None, None
+        x, y, weight, bias, statistics = ctx.saved_tensors
+        backward = torch.ops.gbnzoo.ghost_batch_norm_backward
+        # Without storage dy is several gradients, of a torch.autograd.grad with is_grads_batched.
+        if is_direct(dy, x, weight) and torch._C._has_storage(dy):
+            backward = _backward
+        dx, dresidual, dweight, dbias = backward(dy, x, y, weight, bias, statistics, ctx.ghost_rows, ctx.relu)
         if not ctx.has_residual:
             dresidual = None
         elif not ctx.relu:
             dresidual = dy
         dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dresidual, dweight, dbias, None, None, None
+        return dx, dresidual, dweight, dbias, None, None, None, None
 
 
 def _differentiable_backward(ctx, dy: Tensor) -> list[Tensor | None]:
     """The gradients of x, residual, weight and bias as functions that can be differentiated again."""
-    x, y, weight, bias, _, _ = ctx.saved_tensors
+    x, y, weight, bias, _ = ctx.saved_tensors
     # Views, so that a gradient stops at this layer's inputs where one was computed from another.
     x, weight, bias = (tensor if tensor is None else tensor.view_as(tensor) for tensor in (x, weight, bias))
     normalized, _, _ = reference.ghost_batch_norm(x, weight, bias, ctx.ghost_rows, ctx.eps)
@@ -137,31 +201,59 @@ def _as(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.to(torch.float32).contiguous()
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(torch.float32).contiguous()
 
 
-def _call(direction: str, x: Tensor, channels_last: bool, ghost_rows: int, relu: bool, *arguments) -> None:
-    samples, channels = x.shape[:2]
-    getattr(LIBRARY, f"ghost_norm_{direction}_{DTYPES[x.dtype]}")(
-        samples,
-        channels,
-        x.numel() // (samples * channels),
-        ghost_rows,
-        channels_last,
-        relu,
-        torch.get_num_threads(),
-        *(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments),
-    )
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
+    return getattr(LIBRARY, f"ghost_norm_{direction}_{DTYPES[dtype]}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], ghost_rows: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The first arguments of the kernel's functions and the statistics' shape; None for a tensor in no layout they read."""
+    samples, channels, *pixels = shape
+    is_last = math.prod(pixels) == 1
+    if not _is_dense(shape, strides):
+        is_last = True
+        if not _is_dense((samples, *pixels, channels), (strides[0], *strides[2:], strides[1])):
+            return None
+    return (samples, channels, math.prod(pixels), ghost_rows, is_last), (3, max(1, samples // ghost_rows), channels)
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    dense = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != dense:
+            return False
+        dense *= size
+    return True
+
+
+def _planned(x: Tensor, ghost_rows: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """x in a layout the kernel reads, no copy if it is, and its plan."""
+    plan = _plan(x.shape, x.stride(), ghost_rows)
+    if plan is None:
+        x, _ = _dense(x)
+        plan = _plan(x.shape, x.stride(), ghost_rows)
+    return x, *plan
 
 
 torch.library.define(
     "gbnzoo::ghost_batch_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int ghost_rows, float eps, bool relu)"
-    " -> (Tensor y, Tensor mean, Tensor variance, Tensor invstd)",
+    " -> (Tensor y, Tensor statistics)",
 )
 torch.library.define(
     "gbnzoo::ghost_batch_norm_backward",
-    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, int ghost_rows, bool relu)"
+    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, int ghost_rows, bool relu)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 )
 
@@ -169,40 +261,51 @@ torch.library.define(
 @torch.library.register_fake("gbnzoo::ghost_batch_norm")
 def _forward_fake(x, residual, weight, bias, ghost_rows, eps, relu):
     ghosts = torch.sym_max(1, x.shape[0] // ghost_rows)
-    statistics = (x.new_empty((ghosts, x.shape[1]), dtype=torch.float32) for _ in range(3))
-    return torch.empty_like(x), *statistics
+    return torch.empty_like(x), x.new_empty((3, ghosts, x.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake("gbnzoo::ghost_batch_norm_backward")
-def _backward_fake(dy, x, y, weight, bias, mean, invstd, ghost_rows, relu):
+def _backward_fake(dy, x, y, weight, bias, statistics, ghost_rows, relu):
     dresidual = torch.empty_like(x) if y is not None else x.new_empty(0)
-    return torch.empty_like(x), dresidual, mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
+    return torch.empty_like(x), dresidual, statistics.new_empty(x.shape[1]), statistics.new_empty(x.shape[1])
 
 
-@torch.library.impl("gbnzoo::ghost_batch_norm", "CPU")
-def _forward(x, residual, weight, bias, ghost_rows, eps, relu):
-    x, channels_last = _dense(x)
+def _forward(x, residual, weight, bias, ghost_rows, eps, relu, folding=None):
+    """y, and [3, G, C] of mean, unbiased variance and 1 / standard deviation."""
+    x, shape, statistics_shape = _planned(x, ghost_rows)
     if residual is not None:
         residual = _as(residual, x)
-    y = torch.empty_like(x)
-    ghosts = max(1, x.shape[0] // ghost_rows)
-    statistics = [x.new_empty((ghosts, x.shape[1]), dtype=torch.float32) for _ in range(3)]
-    _call(
-        "forward", x, channels_last, ghost_rows, relu, eps,
-        x, residual, _wide(weight), _wide(bias), y, *statistics,
+    weight, bias = _wide(weight), _wide(bias)
+    y, statistics = torch.empty_like(x), x.new_empty(statistics_shape, dtype=torch.float32)
+    if folding is None:
+        running, numbers = (0, 0, 0), (0, eps, 0.0, 0.0, 0.0)
+    else:
+        running = folding.mean.data_ptr(), folding.variance.data_ptr(), folding.count.data_ptr()
+        numbers = folding.counted, eps, folding.keep, folding.step, folding.last
+    arguments = _FORWARD_ARGUMENTS.pack(
+        *shape, relu, torch.get_num_threads(),
+        x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias), y.data_ptr(), statistics.data_ptr(),
+        *running, *numbers,
     )  # fmt: skip
-    return y, *statistics
+    _function("forward", x.dtype)(arguments)
+    return y, statistics
 
 
-@torch.library.impl("gbnzoo::ghost_batch_norm_backward", "CPU")
-def _backward(dy, x, y, weight, bias, mean, invstd, ghost_rows, relu):
-    x, channels_last = _dense(x)
+def _backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
+    x, shape, _ = _planned(x, ghost_rows)
     dy = _as(dy, x)
+    weight, bias = _wide(weight), _wide(bias)
     dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if y is not None else None
-    dweight, dbias = torch.empty_like(mean[0]), torch.empty_like(mean[0])
-    _call(
-        "backward", x, channels_last, ghost_rows, relu,
-        dy, x, y, _wide(weight), _wide(bias), mean, invstd, dx, dresidual, dweight, dbias,
+    dresidual = torch.empty_like(x) if y is not None else x.new_empty(0)
+    dweight, dbias = statistics.new_empty(x.shape[1]), statistics.new_empty(x.shape[1])
+    arguments = _BACKWARD_ARGUMENTS.pack(
+        *shape, relu, torch.get_num_threads(),
+        dy.data_ptr(), x.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), statistics.data_ptr(),
+        dx.data_ptr(), 0 if y is None else dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
     )  # fmt: skip
-    return dx, x.new_empty(0) if dresidual is None else dresidual, dweight, dbias
+    _function("backward", x.dtype)(arguments)
+    return dx, dresidual, dweight, dbias
+
+
+torch.library.impl("gbnzoo::ghost_batch_norm", "CPU", _forward)
+torch.library.impl("gbnzoo::ghost_batch_norm_backward", "CPU", _backward)

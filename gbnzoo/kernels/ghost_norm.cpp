@@ -572,6 +572,32 @@ void fill_affine(const Slab& s, const float* __restrict invstd, const float* wei
   if (bias) std::copy_n(bias + s.channel, s.channels, biases);
 }
 
+// Running statistics, into which a batch's ghosts are folded as if one by one: r = keep · r + last · Σ step^(G-1-g) · s_g.
+struct Folding {
+  float *mean, *variance;  // [channels], or null
+  int64_t *count, counted;
+  double keep, step, last;
+
+  void fold(const Problem& p, const float* means, const float* variances) const {
+    if (!mean) return;
+    *count += counted;
+    fold_one(p, means, mean);
+    fold_one(p, variances, variance);
+  }
+
+ private:
+  void fold_one(const Problem& p, const float* __restrict statistics, float* __restrict running) const {
+    constexpr int64_t kBlockChannels = 64;
+    for (int64_t begin = 0; begin < p.channels; begin += kBlockChannels) {
+      const int64_t channels = std::min(kBlockChannels, p.channels - begin);
+      double total[kBlockChannels] = {};
+      for (int64_t g = 0; g < p.ghosts(); ++g)
+        for (int64_t c = 0; c < channels; ++c) total[c] = total[c] * step + statistics[g * p.channels + begin + c];
+      for (int64_t c = 0; c < channels; ++c) running[begin + c] = (float)(keep * running[begin + c] + last * total[c]);
+    }
+  }
+};
+
 template <class T>
 struct Forward {
   const T *x, *residual;
@@ -579,6 +605,7 @@ struct Forward {
   float eps;
   T* y;
   float *mean, *variance, *invstd;  // [ghosts, channels]; the variance is unbiased
+  Folding folding;
 
   template <bool ADD, bool RELU, bool STREAM, class Layout>
   void run(const Layout& layout, int64_t threads) const {
@@ -609,6 +636,7 @@ struct Forward {
         if (STREAM) finish_streaming();
       });
     });
+    folding.fold(layout, mean, variance);
   }
 
   // Means of a few values of each channel.
@@ -741,10 +769,57 @@ void dispatch(const Direction& direction, const Problem& problem, bool channels_
   });
 }
 
+// What cpu.py packs: each field is 8 bytes. All tensors are dense and of one layout, x's; statistics and parameters float32.
+struct Shape {
+  int64_t samples, channels, pixels, ghost_samples, channels_last, relu, threads;
+};
+
+struct ForwardArguments {
+  Shape shape;
+  const void *x, *residual;    // or null
+  const float *weight, *bias;  // [channels], or null
+  void* y;
+  float* statistics;                        // [3, ghosts, channels]: mean, unbiased variance, 1 / standard deviation
+  float *running_mean, *running_variance;  // [channels], or null
+  int64_t *count, counted;
+  double eps, keep, step, last;
+};
+
+struct BackwardArguments {
+  Shape shape;
+  const void *dy, *x, *y;      // y where the ReLU followed a residual, else null
+  const float *weight, *bias, *statistics;
+  void *dx, *dresidual;        // dresidual with y
+  float *dweight, *dbias;      // [channels]
+};
+
+template <class T>
+void forward(const ForwardArguments& a) {
+  const Shape& s = a.shape;
+  const Problem problem{s.samples, s.channels, s.pixels, s.ghost_samples};
+  const int64_t size = problem.ghosts() * s.channels;
+  const Folding folding{a.running_mean, a.running_variance, a.count, a.counted, a.keep, a.step, a.last};
+  dispatch(Forward<T>{(const T*)a.x, (const T*)a.residual, a.weight, a.bias, (float)a.eps, (T*)a.y, a.statistics,
+                      a.statistics + size, a.statistics + 2 * size, folding},
+           problem, s.channels_last, a.residual, s.relu, s.threads, sizeof(T), {a.y});
+}
+
+template <class T>
+void backward(const BackwardArguments& a) {
+  const Shape& s = a.shape;
+  const Problem problem{s.samples, s.channels, s.pixels, s.ghost_samples};
+  const float* invstd = a.statistics + 2 * problem.ghosts() * s.channels;
+  dispatch(Backward<T>{(const T*)a.dy, (const T*)a.x, (const T*)a.y, a.weight, a.bias, a.statistics, invstd, (T*)a.dx,
+                       (T*)a.dresidual, a.dweight, a.dbias},
+           problem, s.channels_last, a.dresidual, s.relu, s.threads, sizeof(T), {a.dx, a.dresidual});
+}
+
 }  // namespace
 
-// All tensors are dense and of one layout, statistics and parameters float32. weight, bias and residual may be null.
 extern "C" {
+
+// To be raised, here and in cpu.py, with every change of what the functions below are given.
+int ghost_norm_interface() { return 2; }
 
 // Whether this processor can run what this file was compiled to.
 int ghost_norm_is_supported() {
@@ -760,23 +835,8 @@ int ghost_norm_is_supported() {
 
 void ghost_norm_use_threads_of(void* gomp_parallel) { parallel_region = (ParallelRegion)gomp_parallel; }
 
-#define GHOST_NORM(NAME, T)                                                                                                \
-  void ghost_norm_forward_##NAME(int64_t samples, int64_t channels, int64_t pixels, int64_t ghost_samples,                 \
-                                 int channels_last, int relu, int64_t threads, float eps, const T* x, const T* residual,  \
-                                 const float* weight, const float* bias, T* y, float* mean, float* variance,              \
-                                 float* invstd) {                                                                         \
-    dispatch(Forward<T>{x, residual, weight, bias, eps, y, mean, variance, invstd},                                       \
-             {samples, channels, pixels, ghost_samples}, channels_last, residual, relu, threads, sizeof(T), {y});         \
-  }                                                                                                                       \
-  void ghost_norm_backward_##NAME(int64_t samples, int64_t channels, int64_t pixels, int64_t ghost_samples,                \
-                                  int channels_last, int relu, int64_t threads, const T* dy, const T* x, const T* y,      \
-                                  const float* weight, const float* bias, const float* mean, const float* invstd, T* dx,  \
-                                  T* dresidual, float* dweight, float* dbias) {                                           \
-    dispatch(Backward<T>{dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias},                            \
-             {samples, channels, pixels, ghost_samples}, channels_last, dresidual, relu, threads, sizeof(T),              \
-             {dx, dresidual});                                                                                            \
-  }
-
-GHOST_NORM(float, float)
-GHOST_NORM(bfloat16, bf16)
+void ghost_norm_forward_float(const ForwardArguments* a) { forward<float>(*a); }
+void ghost_norm_forward_bfloat16(const ForwardArguments* a) { forward<bf16>(*a); }
+void ghost_norm_backward_float(const BackwardArguments* a) { backward<float>(*a); }
+void ghost_norm_backward_bfloat16(const BackwardArguments* a) { backward<bf16>(*a); }
 }

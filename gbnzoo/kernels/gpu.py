@@ -507,9 +507,9 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
     weight, bias = _dense_parameter(weight), _dense_parameter(bias)
     y = torch.empty_like(x)
     ghosts = max(1, x.shape[0] // ghost_rows)
-    statistics = [x.new_empty((ghosts, x.shape[1]), dtype=torch.float32) for _ in range(3)]
+    statistics = x.new_empty((3, ghosts, x.shape[1]), dtype=torch.float32)
     for rows, ghosts, rows_of_ghost in _equal_ghosts(len(x), ghost_rows):
-        part, outs = x[rows], [statistic[ghosts] for statistic in statistics]
+        part, outs = x[rows], [statistic[ghosts] for statistic in statistics.unbind()]
         how, values, constants = _plan("forward", x, channels_last, len(outs[0]), rows_of_ghost)
         ins = part, _rows(residual, rows), y[rows], weight, bias
         if how.way != "split":
@@ -524,10 +524,11 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
             _launch(
                 _forward_apply, x, grid, *ins, *parts, *outs, *sizes, eps, RELU=relu, SPLITS=how.splits, **constants
             )
-    return y, *statistics
+    return y, statistics
 
 
-def backward(dy, x, y, weight, bias, mean, invstd, ghost_rows, relu):
+def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
+    mean, _, invstd = statistics.unbind()
     x, channels_last = _dense(x)
     dy = _as(dy, x)
     weight, bias = _dense_parameter(weight), _dense_parameter(bias)
