@@ -99,11 +99,14 @@ def ladder(
     seeds: Annotated[int, typer.Option(min=1, help="runs of each rung, with seeds 0, 1, …")] = 1,
     data_dir: DataDir = None,
     out: Out = Path("runs"),
+    tracker: train.Tracker = None,
     plot: Plot = Path("ladder.png"),
 ) -> None:
     """Train every rung of a recipe, go on with those that were stopped, and print the ladder."""
     with plain_errors():
-        runs = train_ladder(recipe, overrides or (), range(seeds), out, data_dir=data_dir, rungs=rungs.split())
+        runs = train_ladder(
+            recipe, overrides or (), range(seeds), out, data_dir=data_dir, rungs=rungs.split(), tracker=tracker
+        )
         rows = report.ladder_rows(runs)
         print(report.ladder_table(rows))
         report.ladder_plot(rows, plot)
@@ -172,10 +175,11 @@ def train_ladder(
     *,
     data_dir: Path | None,
     rungs: Sequence[str] = tuple(RUNGS),
+    tracker: str | None = None,
 ) -> list[Path]:
     """Train the rungs of a recipe for each seed, going on with those that were stopped; returns the runs' folders."""
     recipes = [load_recipe(recipe, overrides, rung=rung, seed=seed) for seed in seeds for rung in rungs]
-    return [train.train(each, data_dir=data_dir, out=out, resume=True) for each in recipes]
+    return [train.train(each, data_dir=data_dir, out=out, resume=True, tracker=tracker) for each in recipes]
 
 
 def _planned(

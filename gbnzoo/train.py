@@ -36,6 +36,9 @@ from gbnzoo.trainer import load_sets as load_sets
 from gbnzoo.trainer import sketched_model as sketched_model
 
 LOST_SECONDS = 300.0
+Tracker = Annotated[
+    str | None, typer.Option(help="tensorboard (in the run's folder), trackio or wandb; gets every row of the log")
+]
 
 
 def train(
@@ -88,9 +91,8 @@ def train(
             checkpoint_seconds=checkpoint_seconds,
             timeout_seconds=timeout_seconds,
         )
-        with trainer.opened_run(resume):
+        with trainer.opened_run(resume), trainer.progress_bar(show_progress) as bar:
             total_updates = trainer.regime.total_updates
-            bar = trainer.progress_bar(show_progress)
             trainer.model.train()
             for update in range(trainer.first_update, total_updates):
                 trainer.set_rates(update)
@@ -116,9 +118,6 @@ def train(
                         raise TerminatedError(
                             f"{trainer.folder}: stopped after update {done}; --resume goes on from there"
                         )
-            bar.close()
-            for tracker_of_run in trainer.accelerator.trackers:
-                tracker_of_run.finish()
     return trainer.folder
 
 
@@ -140,7 +139,7 @@ def main(
         int | None,
         typer.Option(help="samples of one forward pass on one device; else the fastest, measured in long runs"),
     ] = None,
-    tracker: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb")] = None,
+    tracker: Tracker = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="time between checkpoints")] = 60,
     timeout_seconds: Annotated[
         float, typer.Option(min=1, help="how long to wait for another process before the run ends")

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import typer
 from processes import run_together
 
 from gbnzoo import data
@@ -18,7 +20,7 @@ from gbnzoo.norm import convert_ghost_batchnorm, span_processes
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import TIMED_COLUMNS, Run, RunError
 from gbnzoo.spanning import spanning_batch_norm
-from gbnzoo.train import train
+from gbnzoo.train import main, train
 from gbnzoo.trainer import Trainer, build_model, load_sets
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
@@ -247,6 +249,30 @@ def part_of_too_small_a_ghost(x):
 def test_unequal_parts_of_a_ghost_are_refused():
     with pytest.raises(AssertionError, match="ValueError: 3 rows on each of 2 processes make no ghost of 8 rows"):
         run_together(2, part_of_too_small_a_ghost, torch.ones(3, 4))
+
+
+def train_shown(out, said):
+    """`python -m gbnzoo.train`, all that this process says, in C++ too, led to a file of its own."""
+    with open(said / os.environ["RANK"], "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            app.command()(main)
+            app([DIGITS, *SHORT, "--out", str(out), "--micro-batch-size", "16"], standalone_mode=False)
+
+
+def test_only_the_first_process_says_anything(tmp_path):
+    """Off a terminal that is one line for each of the two evaluations, and the run's folder."""
+    said = tmp_path / "said"
+    said.mkdir()
+    run_together(2, train_shown, tmp_path / "runs", said)
+    assert (said / "1").read_text() == ""
+    name = "resnet8_thin_gbn.digits_ra64-seed0"
+    half, whole, folder = (said / "0").read_text().splitlines()
+    for line, update in ((half, 10), (whole, 20)):
+        assert re.fullmatch(rf"{name}: update {update}/20, loss \d\.\d{{4}}, top-1 \d+\.\d\d %, \d+ images/s", line)
+    assert folder == str(tmp_path / "runs" / name)
 
 
 def share_of_scores(overrides):

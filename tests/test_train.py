@@ -1,5 +1,7 @@
 """Training: the same end whatever the layout or the interruptions, and clear words where it cannot go on."""
 
+import importlib.util
+import io
 import itertools
 import math
 import re
@@ -12,11 +14,12 @@ import torch
 from processes import Together, run_together
 
 from gbnzoo.recipe import load_recipe
-from gbnzoo.run import TIMED_COLUMNS, Run, RunError
+from gbnzoo.run import LOG_COLUMNS, TIMED_COLUMNS, Run, RunError
 from gbnzoo.train import train
 from gbnzoo.trainer import (
     DivergedError,
     Trainer,
+    _Bar,
     _log_spaced,
     build_model,
     build_optimizer,
@@ -95,6 +98,46 @@ def test_memory_is_the_peak_of_the_process(tmp_path):
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
     assert logged == sorted(logged)
     assert logged[-1] == pytest.approx(peak, rel=0.05)
+
+
+def test_a_tracker_gets_every_row_of_the_log_and_the_layers_by_name(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = trained(tmp_path, tracker="tensorboard")
+    events = accumulators.EventAccumulator(str(run.folder / "gbnzoo")).Reload()
+    layers = {row["layer"] for row in run.layer_rows()}
+    columns = set(LOG_COLUMNS) - {"split"}
+    assert set(events.Tags()["scalars"]) == columns | {f"weight_distance/{layer}" for layer in layers}
+    for column in columns:
+        logged = {int(row["update"]): float(row[column]) for row in run.rows() if row[column]}
+        assert {event.step: event.value for event in events.Scalars(column)} == pytest.approx(logged, rel=1e-6)
+    distances = {event.step: event.value for event in events.Scalars("weight_distance/conv1")}
+    logged = {int(r["update"]): float(r["weight_distance"]) for r in run.layer_rows() if r["layer"] == "conv1"}
+    assert distances == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    """Accelerate would log to nowhere, and say nothing."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tracker 'trackio' is not installed; pip install trackio"):
+        trained(tmp_path, tracker="trackio")
+    assert list(tmp_path.iterdir()) == []
+
+
+def bar_shown(batch_size, **counts):
+    """What the bar writes to a terminal when it is made, after 10 of 40 updates in 2 seconds, and at top-1 97 %."""
+    terminal = io.StringIO()
+    bar = _Bar(batch_size=batch_size, desc="run", total=40, file=terminal, ncols=100, **counts)
+    bar.start_t -= 2
+    bar.update(10)
+    bar.set_postfix({"loss": "0.1", "top-1": "97.00 %"})
+    bar.close()
+    return terminal.getvalue().rpartition("\r")[2]
+
+
+def test_the_bar_shows_updates_time_left_images_a_second_and_top1():
+    # 10 updates of 64 in 2 s are 320 images/s, and the other 30 take 6 s.
+    shown = bar_shown(64)
+    assert re.search(r"25%.* 10/40 \[00:02<00:06, 3[12]\d images/s, loss=0.1, top-1=97.00 %\]", shown), shown
 
 
 @pytest.mark.parametrize("total", [1, 100, 78_125, 10_000_000])
