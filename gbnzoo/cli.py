@@ -1,4 +1,4 @@
-"""The command line: `gbnzoo quickstart | train | plan | ladder | report | publish`."""
+"""The command line: `gbnzoo quickstart | train | plan | ladder | report | watch | publish`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.regime import RUNGS, Layout, Regime
 from gbnzoo.train import plain_errors
 from gbnzoo.upload import hub_files, upload
+from gbnzoo.watch import watch
 
 app = typer.Typer(
     help="Ghost-BatchNorm models for timm, and the long large-batch recipes that train them.",
@@ -111,6 +112,16 @@ def ladder(
         print(report.ladder_table(rows))
         report.ladder_plot(rows, plot)
         print(f"\nplot: {plot}")
+
+
+@app.command("watch")
+def watch_command(
+    run: Annotated[Path, typer.Argument(help="folder of a run that goes on, or is finished")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="time between two looks at it")] = 1.0,
+) -> None:
+    """Show a run as it happens, until it is finished or Ctrl-C; in a pipe, say once how far it is."""
+    with plain_errors():
+        watch(run, seconds=seconds)
 
 
 @app.command("publish")

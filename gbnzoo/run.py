@@ -269,6 +269,20 @@ class Run:
             warnings.warn(f"{path} is damaged (its bytes do not match the hash in its name); {instead}", stacklevel=2)
         return None
 
+    @property
+    def saved_update(self) -> int:
+        """Of the newest checkpoint by its name, which is not read; 0 where there is none."""
+        return max((int(_CHECKPOINT_NAME.fullmatch(file.name)[1]) for file in self._checkpoint_files()), default=0)
+
+    @property
+    def written_at(self) -> float | None:
+        """When the log or a checkpoint was last written, in seconds since 1970."""
+        times = []
+        for path in (self.folder / "log.csv", *self._checkpoint_files()):
+            with contextlib.suppress(FileNotFoundError):  # older checkpoints go while one looks
+                times.append(path.stat().st_mtime)
+        return max(times, default=None)
+
     def _write(self, path: Path, content: bytes) -> None:
         with self._naming_failure(path):
             _write(path, content)

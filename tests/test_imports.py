@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "publish": {"models", "recipe", "run", "card", "collection", "pretrained", "weights"},
     "upload": {"card", "pretrained", "weights"},
     "report": {"run", "card", "diffusion"},
-    "cli": {"report", "train", "data", "metrics", "publish", "upload", "recipe", "regime", "models", "tuning"},
+    "watch": {"run"},
+    "cli": {"watch", "report", "train", "data", "metrics", "publish", "upload", "recipe", "regime", "models", "tuning"},
     "__init__": {"fusion", "norm", "models"},
     "__main__": {"cli"},
 }
