@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "image_files": {"data", "recipe"},
     "diffusion": set(),
     "metrics": set(),
+    "diagnostics": set(),
     "weights": set(),
     "pretrained": {"weights"},
     "models": {"norm", "pretrained"},
