@@ -10,6 +10,8 @@ import typer
 
 from gbnzoo import report, train, tuning
 from gbnzoo.data import data_folder, load_images, num_train_images
+from gbnzoo.jobs import FailedJobsError, run_jobs, training_job
+from gbnzoo.launch import is_launched
 from gbnzoo.metrics import evaluate
 from gbnzoo.publish import publish, record_result, refresh
 from gbnzoo.recipe import Recipe, load_recipe
@@ -98,6 +100,9 @@ def ladder(
     overrides: Overrides = None,
     rungs: Annotated[str, typer.Option(help="which rungs, in this order")] = " ".join(RUNGS),
     seeds: Annotated[int, typer.Option(min=1, help="runs of each rung, with seeds 0, 1, …")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="runs at once, each a process with its share of the threads and GPUs")
+    ] = 1,
     data_dir: DataDir = None,
     out: Out = Path("runs"),
     tracker: train.Tracker = None,
@@ -105,13 +110,28 @@ def ladder(
 ) -> None:
     """Train every rung of a recipe, go on with those that were stopped, and print the ladder."""
     with plain_errors():
-        runs = train_ladder(
-            recipe, overrides or (), range(seeds), out, data_dir=data_dir, rungs=rungs.split(), tracker=tracker
-        )
+        failure = None
+        try:
+            runs = train_ladder(
+                recipe,
+                overrides or (),
+                range(seeds),
+                out,
+                data_dir=data_dir,
+                rungs=rungs.split(),
+                tracker=tracker,
+                jobs=jobs,
+            )
+        except FailedJobsError as error:
+            runs, failure = [out / name for name in error.names], error
+            if not runs:
+                raise
         rows = report.ladder_rows(runs)
         print(report.ladder_table(rows))
         report.ladder_plot(rows, plot)
         print(f"\nplot: {plot}")
+        if failure:
+            raise failure
 
 
 @app.command("watch")
@@ -187,10 +207,26 @@ def train_ladder(
     data_dir: Path | None,
     rungs: Sequence[str] = tuple(RUNGS),
     tracker: str | None = None,
+    jobs: int = 1,
 ) -> list[Path]:
-    """Train the rungs of a recipe for each seed, going on with those that were stopped; returns the runs' folders."""
+    """Train the rungs of a recipe for each seed, going on with those that were stopped; returns the runs' folders.
+
+    With several jobs at once, one that fails ends no other: gbnzoo.jobs.FailedJobsError comes at the end.
+    """
     recipes = [load_recipe(recipe, overrides, rung=rung, seed=seed) for seed in seeds for rung in rungs]
-    return [train.train(each, data_dir=data_dir, out=out, resume=True, tracker=tracker) for each in recipes]
+    if jobs == 1:
+        return [train.train(each, data_dir=data_dir, out=out, resume=True, tracker=tracker) for each in recipes]
+    if is_launched():
+        raise ValueError(f"--jobs {jobs} starts processes by itself; wanted no launcher, or --jobs 1")
+    shared = {"data-dir": data_dir, "out": out, "tracker": tracker}
+    run_jobs(
+        [
+            training_job(each.run_name, recipe, overrides, {"rung": each.rung, "seed": each.seed, **shared})
+            for each in recipes
+        ],
+        jobs,
+    )
+    return [out / each.run_name for each in recipes]
 
 
 def _planned(

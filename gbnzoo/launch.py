@@ -27,10 +27,16 @@ from gbnzoo.run import RunError
 T = TypeVar("T")
 
 
+JOB_VARIABLE = "GBNZOO_JOB"
+"""In the environment of what `gbnzoo.jobs` starts."""
+
+
 class TerminatedError(RunError):
     """SIGTERM came, and a checkpoint was written before the run ended."""
 
-    exit_code = 128 + signal.SIGTERM  # as shells and Kubernetes count it: to be started again
+    def __init__(self, message: str, exit_code: int = 128 + signal.SIGTERM):
+        super().__init__(message)
+        self.exit_code = exit_code  # as shells and Kubernetes count it: to be started again
 
 
 class LostProcessError(RunError):
@@ -139,7 +145,7 @@ def on_first_process(work: Callable[[], T]) -> T:
 def watching_for_stop() -> Iterator[Callable[[], bool]]:
     """While it lasts SIGTERM ends nothing; the function given tells whether it came, or the launcher of this process died."""
     # Accelerate starts a single process without torchrun, and passes no signal on to it.
-    is_started_by_launcher = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    is_started_by_launcher = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", JOB_VARIABLE} & os.environ.keys()
     launcher = os.getppid() if is_started_by_launcher else None
     terminated = threading.Event()
 

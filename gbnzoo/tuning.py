@@ -55,6 +55,7 @@ class Setting:
         precision: as the recipe's.
         device: its name; see `device_name`.
         threads: of one process on the CPU; 0 on other devices.
+        processes_on_device: that share a GPU's memory, in other runs; the environment's GBNZOO_GPU_SHARE.
         versions: of what computes.
     """
 
@@ -67,6 +68,7 @@ class Setting:
     precision: str
     device: str
     threads: int
+    processes_on_device: int = 1
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in ("gbnzoo", "torch")})
 
     @property
@@ -141,6 +143,7 @@ def setting_of(
         recipe.precision,
         device_name(device),
         threads if device.type == "cpu" else 0,
+        int(os.environ.get("GBNZOO_GPU_SHARE", 1)) if device.type == "cuda" else 1,
     )
 
 
@@ -281,7 +284,10 @@ def training_pass(model: nn.Module, setting: Setting) -> Callable[[int], float]:
         images = torch.randn(size, *setting.input_size, generator=generator)
         images = images.to(device, dtype, memory_format=torch.channels_last)
         labels = torch.randint(setting.num_classes, (size,), generator=generator).to(device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _within_memory(device):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _within_memory(device, setting.processes_on_device),
+        ):
             began = _now(device, clock)
             with torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
                 loss = nn.functional.cross_entropy(model(images), labels)
@@ -300,16 +306,17 @@ def _now(device: torch.device, clock: Callable[[], float]) -> float:
 
 
 @contextlib.contextmanager
-def _within_memory(device: torch.device) -> Iterator[None]:
+def _within_memory(device: torch.device, processes: int) -> Iterator[None]:
     """Raise torch.OutOfMemoryError where what is done inside leaves too little of a GPU's memory."""
     if device.type != "cuda":
         yield
         return
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
+    ours = min(free, total / processes)
     before = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     yield
     used = torch.cuda.max_memory_reserved(device) - before
-    if used > _MEMORY_SHARE * free:
-        raise torch.OutOfMemoryError(f"{used:,} bytes of {free:,} that are free on {device}")
+    if used > _MEMORY_SHARE * ours:
+        raise torch.OutOfMemoryError(f"{used:,} bytes of {ours:,} that can be had on {device}")
