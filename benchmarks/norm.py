@@ -8,6 +8,7 @@ all contenders of a row in turns. The same allocator settings hold for all, see 
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import gbnzoo
 from benchmarks.timing import Times, interleave, quartiles, ratio, setting
 from gbnzoo.allocator import keep_freed_memory
+from gbnzoo.kernels import cpu
 
 SHAPES = [(512, 16, 32, 32), (512, 32, 16, 16), (512, 64, 8, 8), (64, 256, 56, 56), (512, 512)]
 SECONDS_A_ROUND = 2e-3  # at least: shorter calls are repeated
@@ -122,9 +124,10 @@ def calls(layers: dict[str, nn.Module], x: Tensor, backward: bool) -> dict[str, 
 def measure(contenders: dict[str, Callable[[], object]], rounds: int, device: str) -> Times:
     """Seconds, so many calls at once that a clock can tell."""
     if device == "cpu":
-        once = interleave(contenders, 3)
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        once = interleave(contenders, 3, clock=clock)
         number = max(1, math.ceil(SECONDS_A_ROUND / min(min(times) for times in once.values())))
-        times = interleave({name: _repeated(call, number) for name, call in contenders.items()}, rounds)
+        times = interleave({name: _repeated(call, number) for name, call in contenders.items()}, rounds, clock=clock)
         return {name: [seconds / number for seconds in each] for name, each in times.items()}
     number = 10
     repeated = {name: _repeated(call, number) for name, call in contenders.items()}
@@ -165,8 +168,16 @@ def main(
     inductor: Annotated[
         bool, typer.Option("--inductor", help="BatchNorm under torch.compile too; takes minutes")
     ] = False,
+    instruction_set: Annotated[
+        str, typer.Option(help=f"{', '.join(cpu.INSTRUCTION_SETS)}; else the best of this processor")
+    ] = "",
+    threads: Annotated[int, typer.Option(help="with several, time is the clock's")] = 1,
 ) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    if instruction_set:
+        cpu.LIBRARY = cpu.load(instruction_set)
+        if cpu.LIBRARY is None:
+            raise SystemExit(f"no {instruction_set} kernel was compiled, or this processor cannot run it")
     keep_freed_memory()
     torch.manual_seed(0)
     chosen = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")] if shapes else SHAPES

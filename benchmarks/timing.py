@@ -12,18 +12,24 @@ import torch
 Times = dict[str, list[float]]
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, *, warmups: int = 1) -> Times:
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmups: int = 1,
+    clock: Callable[[], float] = time.process_time,
+) -> Times:
     """Seconds of CPU time of this process for each call, `rounds` of each contender, in turns.
 
-    CPU time, since waiting for a shared core is nobody's fault; so give it one thread.
+    CPU time, since waiting for a shared core is nobody's fault; so give it one thread, or another clock.
     """
     times: Times = {name: [] for name in contenders}
     for i in range(warmups + rounds):
         for name, contender in contenders.items():
-            began = time.process_time()
+            began = clock()
             contender()
             if i >= warmups:
-                times[name].append(time.process_time() - began)
+                times[name].append(clock() - began)
     return times
 
 

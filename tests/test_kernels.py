@@ -25,6 +25,8 @@ SHAPES = [  # whole and ragged batches, fewer samples than a ghost; vectors that
     (3, 24, 7, 7),
     (33, 17),
     (24, 130),
+    (27, 130),
+    (11, 72, 3, 3),
     (14, 1, 3, 3),
     (12, 40, 13),
     (8, 5, 2, 3, 4),
