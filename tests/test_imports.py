@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "upload": {"card", "pretrained", "weights"},
     "report": {"run", "card", "diffusion"},
     "watch": {"run"},
+    "subject": {"data", "image_files", "models", "pretrained", "publish", "recipe", "run", "trainer", "weights"},
     "cli": {
         "watch",
         "report",
