@@ -1,15 +1,18 @@
-"""The command line: `gbnzoo quickstart | train | plan | ladder | report | watch | publish`."""
+"""The command line: `gbnzoo quickstart | train | plan | ladder | report | watch | diagnose | publish`."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 
 from gbnzoo import report, train, tuning
 from gbnzoo.data import data_folder, load_images, num_train_images
+from gbnzoo.diagnose import PARTS, as_text, diagnose, find_subject
+from gbnzoo.diagnose import write as write_diagnosis
 from gbnzoo.jobs import FailedJobsError, run_jobs, training_job
 from gbnzoo.launch import is_launched
 from gbnzoo.metrics import evaluate
@@ -196,6 +199,58 @@ def report_command(
         print(report.ladder_table(rows))
         report.ladder_plot(rows, plot)
         print(f"\nplot: {plot}")
+
+
+@app.command("diagnose")
+def diagnose_command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="run, file of its checkpoints/, hub folder, hf-hub:org/name or timm name")
+    ],
+    data: Annotated[str | None, typer.Option(help="training images; by default the recipe's")] = None,
+    data_dir: DataDir = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the results; else diagnosis/<name>")] = None,
+    only: Annotated[str, typer.Option(help="which of these")] = ",".join(PARTS),
+    samples: Annotated[int, typer.Option(min=1, help="training images that the loss is the mean over")] = 2048,
+    ghosts: Annotated[int, typer.Option(min=3, help="for the noise scale")] = 64,
+    ghost_batch_size: Annotated[int | None, typer.Option(min=1, help="samples of one; by default the recipe's")] = None,
+    statistics: Annotated[
+        Literal["running", "ghosts"], typer.Option(help="that BatchNorm takes, but for the noise scale")
+    ] = "running",
+    eigenvalues: Annotated[int, typer.Option(min=1, help="how many of the Hessian's largest")] = 3,
+    epsilon: Annotated[float, typer.Option(min=0, help="half the side of the sharpness's box")] = 1e-3,
+    subspace: Annotated[int, typer.Option(min=1, help="random directions of the sharpness's variant")] = 100,
+    directions: Annotated[int, typer.Option(min=2, help="random directions of the potential")] = 32,
+    distance: Annotated[float | None, typer.Option(help="largest of the potential; else that from w_0")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="yours, for the advice; else the run's")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="fixes images, augmentation and directions")] = 0,
+) -> None:
+    """Measure what the training loss is like around a checkpoint, and whether a larger batch would still pay.
+
+    Gradient noise scale, top eigenvalues of the Hessian, sharpness, and the loss against distance along random directions.
+    """
+    with plain_errors():
+        subject = find_subject(checkpoint, data, data_dir)
+        found = diagnose(
+            subject,
+            only=only.split(","),
+            samples=samples,
+            ghosts=ghosts,
+            ghost_batch_size=ghost_batch_size,
+            statistics=statistics,
+            eigenvalues=eigenvalues,
+            epsilon=epsilon,
+            subspace=subspace,
+            directions=directions,
+            distance=distance,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            report=lambda part: print(f"{subject.name}: {part} …", file=sys.stderr, flush=True),
+        )
+        print(as_text(found))
+        files = write_diagnosis(found, out or Path("diagnosis") / subject.name.rpartition("/")[2])
+        print(f"\nwritten: {', '.join(map(str, files))}")
 
 
 def train_ladder(

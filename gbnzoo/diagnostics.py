@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -426,6 +425,9 @@ def top_eigenvalues(
 
     Source: Lehoucq, Sorensen and Yang 1998, ARPACK Users' Guide.
     """
+    # Here, so that what wants no eigenvalues need not wait for it.
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
     n, products = point.numel(), 0
 
     def multiply(vector: NDArray) -> NDArray:

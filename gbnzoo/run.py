@@ -259,6 +259,26 @@ class Run:
             stale.unlink()
         return path
 
+    def read_checkpoint(self, path: str | Path) -> Checkpoint:
+        """One file of checkpoints/, that of the initial weights included.
+
+        Raises:
+            RunError: if it is not there, none of a run's, or damaged.
+        """
+        path = Path(path)
+        if path.name == self._initial.name and path.is_file():
+            return Checkpoint(0, 0, self.initial_weights())
+        name = _CHECKPOINT_NAME.fullmatch(path.name)
+        if not (name and path.is_file()):
+            found = ", ".join(file.name for file in [*self._checkpoint_files(), self._initial] if file.is_file())
+            raise RunError(f"{path}: no checkpoint of this run; wanted one of {found or 'none that it has yet'}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != name[2]:
+            raise RunError(
+                f"{path} is damaged: its bytes do not match the hash in its name; wanted another of the run's"
+            )
+        return _unpack(content)
+
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint whose bytes are what was written; a damaged one is passed over with a warning."""
         for path, before in itertools.pairwise([*self._checkpoint_files(), None]):

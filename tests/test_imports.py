@@ -37,7 +37,10 @@ MAY_IMPORT = {
     "report": {"run", "card", "diffusion"},
     "watch": {"run"},
     "subject": {"data", "image_files", "models", "pretrained", "publish", "recipe", "run", "trainer", "weights"},
+    "diagnose": {"card", "data", "diagnostics", "image_files", "norm", "pretrained", "publish"}
+    | {"recipe", "run", "subject", "trainer", "weights"},
     "cli": {
+        "diagnose",
         "watch",
         "report",
         "train",
