@@ -52,6 +52,7 @@ def train(
     tracker: str | None = None,
     checkpoint_seconds: float = 60,
     timeout_seconds: float = LOST_SECONDS,
+    compile_backend: str | None = None,
     show_progress: bool = True,
 ) -> Path:
     """Train a recipe to its last update, scoring it on the validation split where the recipe holds one out, else the test.
@@ -67,6 +68,7 @@ def train(
         tracker: one of TRACKERS, which then gets every row of the log too.
         checkpoint_seconds: time between checkpoints.
         timeout_seconds: how long a process waits for another before it takes it for lost.
+        compile_backend: of torch.compile, for the forward pass of training; None for none. Sums are then rounded otherwise.
         show_progress: a progress bar, or a line for each evaluation where the output is not a terminal.
 
     Returns:
@@ -90,6 +92,7 @@ def train(
             tracker=tracker,
             checkpoint_seconds=checkpoint_seconds,
             timeout_seconds=timeout_seconds,
+            compile_backend=compile_backend,
         )
         with trainer.opened_run(resume), trainer.progress_bar(show_progress) as bar:
             total_updates = trainer.regime.total_updates
@@ -144,6 +147,13 @@ def main(
     timeout_seconds: Annotated[
         float, typer.Option(min=1, help="how long to wait for another process before the run ends")
     ] = LOST_SECONDS,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile the network's training pass; never tried on a GPU, no gain on CPUs",
+        ),
+    ] = False,
 ) -> None:
     """Train a recipe. The result depends on recipe and seed alone, not on the machine.
 
@@ -164,6 +174,7 @@ def main(
                 tracker=tracker,
                 checkpoint_seconds=checkpoint_seconds,
                 timeout_seconds=timeout_seconds,
+                compile_backend="inductor" if compile else None,
             )
             if PartialState().is_main_process:
                 print(folder)

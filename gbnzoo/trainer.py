@@ -72,6 +72,7 @@ class Trainer:
         tracker: str | None,
         checkpoint_seconds: float,
         timeout_seconds: float,
+        compile_backend: str | None = None,
     ):
         check_recipe(recipe)
         self.recipe, self.folder = recipe, Path(out) / recipe.run_name
@@ -112,6 +113,9 @@ class Trainer:
                 self.layout.processes_per_ghost, timeout=timedelta(seconds=timeout_seconds)
             )
             span_processes(self.bare_model, group)
+        self.compile_backend = compile_backend
+        if compile_backend:
+            compile_training(self.bare_model, compile_backend)
 
     def _choose_micro_batch(self) -> int:
         """That of the run's last start on this machine, or the fastest where to measure pays, or the rule's."""
@@ -415,6 +419,7 @@ class Trainer:
             "micro_batch_size": layout.micro_batch_size,
             "processes_per_ghost": layout.processes_per_ghost,
             "threads": torch.get_num_threads(),
+            "compile_backend": self.compile_backend,
             "hardware": tuning.device_name(self.device),
             "commit": _commit(),
             "versions": {
@@ -582,6 +587,13 @@ def _alike(name: str) -> str:
     known = timm.list_models("*_gbn")
     close = [f"{name}_gbn"] if f"{name}_gbn" in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"did you mean {close[0]}?" if close else "wanted one of timm.list_models('*_gbn')"
+
+
+def compile_training(model: nn.Module, backend: str) -> None:
+    """Have torch.compile do the forward pass of training, in place; state dict, hooks and evaluation stay what they are."""
+    eager = model.forward
+    compiled = torch.compile(eager, backend=backend)
+    model.forward = lambda *args, **kwargs: (compiled if model.training else eager)(*args, **kwargs)
 
 
 def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
