@@ -1,5 +1,7 @@
 """The command line: `gbnzoo quickstart | train | plan | ladder | report | watch | diagnose | publish`."""
 
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -9,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from gbnzoo import report, train, tuning
+from gbnzoo import rates, report, train, tuning
 from gbnzoo.data import data_folder, load_images, num_train_images
 from gbnzoo.diagnose import PARTS, as_text, diagnose, find_subject
 from gbnzoo.diagnose import write as write_diagnosis
@@ -80,6 +82,10 @@ def plan(
         int | None, typer.Option(min=1, help="training images; else known by the set's name, or counted in the data")
     ] = None,
     data_dir: DataDir = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="also time some updates of the last rung, on CPUs by processes and threads"),
+    ] = False,
 ) -> None:
     """Print what a run of each rung will do, before it does it."""
     with plain_errors():
@@ -95,6 +101,8 @@ def plan(
         print(f"{recipe}: {what}, {num_samples:,} training images, {processes} process(es)\n")
         for each in recipes:
             print(_planned(each, each.regime(num_samples), shape, processes, micro_batch_size))
+        if measure:
+            _print_rates(recipe, overrides or (), recipes[-1], data_dir)
 
 
 @app.command()
@@ -308,6 +316,31 @@ def _planned(
         f"     {regime.total_updates:,} updates, {regime.epochs:,.1f} epochs, {regime.samples_seen:,} samples seen\n"
         f"     learning rate {rates} (update){clip}"
     )
+
+
+def _print_rates(path: str, overrides: Sequence[str], recipe: Recipe, data_dir: Path | None) -> None:
+    """Measured on this machine, and the command that is the fastest."""
+    is_cpu = tuning.likely_device().type == "cpu"
+    splits = rates.splits(torch.get_num_threads()) if is_cpu else [(1, torch.get_num_threads())]
+    print(
+        f"\n{recipe.rung} here, load {os.getloadavg()[0]:.1f}:\n\n| processes | threads of each | micro-batch | images/s |"
+    )
+    print("|---|---|---|---|")
+    regime = recipe.regime(len(train.load_sets(recipe, data_dir)[0]))
+    measured = []
+    for processes, threads in splits:
+        try:
+            tuning.layout_by_rule(regime, processes, tuning.likely_device())
+        except ValueError:
+            continue  # so many cannot share the batch
+        rate = rates.measure_rate(
+            path, overrides, rung=recipe.rung, processes=processes, threads=threads, data_dir=data_dir
+        )
+        measured.append(rate)
+        print(f"| {processes} | {threads} | {rate.micro_batch_size:,} | {rate.images_per_second:,.0f} |", flush=True)
+    best = rates.fastest(measured)
+    words = ["gbnzoo", "train", path, *overrides, "--rung", recipe.rung, "--processes", str(best.processes)]
+    print(f"\nfastest: {shlex.join(words)}")
 
 
 def _tuned(

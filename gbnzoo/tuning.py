@@ -216,11 +216,6 @@ def kept(setting: Setting) -> dict[int, float] | None:
         return None
 
 
-def forget(setting: Setting) -> None:
-    """Have the next run measure anew."""
-    setting.file.unlink(missing_ok=True)
-
-
 def _keep(setting: Setting, seconds: Mapping[int, float]) -> None:
     content = {"setting": asdict(setting), "seconds_per_sample": dict(seconds)}
     aside = setting.file.with_suffix(f".{os.getpid()}.writing")

@@ -106,9 +106,6 @@ def test_measured_once_for_each_setting():
     tuning.fastest_micro_batch(SETTING, 64, measure)
     assert len(calls) == 6
     assert json.loads(SETTING.file.read_text())["setting"]["input_size"] == [1, 8, 8]
-    tuning.forget(SETTING)
-    tuning.fastest_micro_batch(SETTING, 64, measure)
-    assert len(calls) == 7
 
 
 def test_where_nothing_can_be_kept_it_is_measured_each_time(tmp_path):
