@@ -103,8 +103,19 @@ def connect(processes: int | None, timeout_seconds: float, **options: Any) -> Ac
         options: as Accelerator's.
 
     Raises:
-        ValueError: if there are more or fewer.
+        ValueError: if there are more or fewer, or Accelerate is told to split the model or to scale the loss.
     """
+    # Accelerate divides each loss by its accumulation steps; what splits a model leaves no process a whole one to save.
+    told = [
+        name for way in ("DEEPSPEED", "FSDP", "MEGATRON_LM") if parse_flag_from_env(name := f"ACCELERATE_USE_{way}")
+    ]
+    if os.environ.get(steps := "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        told.append(steps)
+    if told:
+        raise ValueError(
+            f"{', '.join(told)} in the environment, from Accelerate's configuration or command line: wanted plain data"
+            " parallelism without; the recipe fixes the batch, and --micro-batch-size how it is accumulated"
+        )
     # Accelerate keeps the precision of the first run in this process for ever.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -169,7 +180,7 @@ def naming_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # gloo's errors have no class of their own.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if isinstance(error, RunError) or (not isinstance(error, dist.DistError) and "gloo" not in str(error)):
             raise
         who = f"process {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "this process"
         reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)  # gloo's: [file:line] reason. Advice.

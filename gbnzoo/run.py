@@ -93,9 +93,17 @@ class Run:
             RunError: if it holds a run and `resume` is false, or holds a run of another recipe.
         """
         folder = Path(out) / recipe.run_name
-        if not (folder / "recipe.yaml").exists():
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            _write(folder / "recipe.yaml", recipe.to_yaml().encode())
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with _others_waiting(folder):  # of two that start at once the second finds the first one's run
+            is_new = not (folder / "recipe.yaml").exists()
+            if is_new:
+                try:
+                    _write(folder / "recipe.yaml", recipe.to_yaml().encode())
+                except OSError as error:
+                    raise RunError(
+                        f"cannot begin a run in {folder}: {error.strerror}; another --out, or room there"
+                    ) from error
+        if is_new:
             return cls(folder)
         if not resume:
             raise RunError(
@@ -324,6 +332,18 @@ class Run:
             (f for f in (self.folder / "checkpoints").glob("update*") if _CHECKPOINT_NAME.fullmatch(f.name)),
             reverse=True,
         )
+
+
+@contextlib.contextmanager
+def _others_waiting(folder: Path) -> Iterator[None]:
+    """Other processes that come here wait meanwhile; not where the file system knows no locks of folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

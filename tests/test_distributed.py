@@ -14,7 +14,7 @@ from processes import run_together
 
 from gbnzoo import data
 from gbnzoo.data import Augment, GlobalBatches
-from gbnzoo.launch import LostProcessError, TerminatedError, connect, leaving_process_group
+from gbnzoo.launch import LostProcessError, TerminatedError, connect, leaving_process_group, naming_lost_processes
 from gbnzoo.metrics import evaluate
 from gbnzoo.norm import convert_ghost_batchnorm, span_processes
 from gbnzoo.recipe import load_recipe
@@ -384,6 +384,29 @@ def test_another_number_of_processes_than_asked_for_is_refused_before_anything_i
     with pytest.raises(AssertionError, match=f"ValueError: {message}"):
         run_together(started, train_on, asked, tmp_path, environment)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        {"ACCELERATE_USE_FSDP": "true"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
+    ],
+    ids=" ".join,
+)
+def test_what_would_change_the_update_behind_the_recipes_back_is_refused(tmp_path, told):
+    """Accelerate would divide each micro-batch's loss by its number of accumulation steps, here four."""
+    with pytest.raises(AssertionError, match=f"ValueError: {', '.join(told)} in the environment, .* wanted plain data"):
+        run_together(1, train_on, 1, tmp_path, told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_run_is_not_taken_for_a_lost_process():
+    """The folder may be called gloo, by which the errors of that library are known."""
+    with pytest.raises(RunError, match=r"^runs/gloo already holds a run$") as told, naming_lost_processes():
+        raise RunError("runs/gloo already holds a run")
+    assert told.type is RunError
 
 
 def test_one_process_may_be_asked_for_under_accelerate(tmp_path):

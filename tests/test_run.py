@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import pytest
 import torch
@@ -224,6 +225,44 @@ def test_a_run_is_never_overwritten(run, recipe, tmp_path):
     other = load_recipe("recipes/digits/resnet8_thin_gbn.yaml", ["base.epochs=11"])
     with pytest.raises(RunError, match=r"was started from another recipe \(base.epochs 10.0 there, 11.0 now\)"):
         Run.start(other, tmp_path, resume=True)
+
+
+def test_of_two_that_start_at_once_one_trains(recipe, tmp_path, monkeypatch):
+    """The second comes while the first is about to rename its recipe into place; it would take that file's lock along."""
+    write, second, errors = run_module._write, [], []
+
+    def start_second():
+        try:
+            Run.start(recipe, tmp_path, resume=False)
+        except RunError as error:
+            errors.append(str(error))
+
+    def write_late(path, content):
+        if not second:
+            second.append(threading.Thread(target=start_second))
+            second[0].start()
+            second[0].join(timeout=0.5)  # it waits, and is not done
+            assert second[0].is_alive()
+        write(path, content)
+
+    monkeypatch.setattr(run_module, "_write", write_late)
+    Run.start(recipe, tmp_path, resume=False)
+    second[0].join(timeout=60)
+    assert len(errors) == 1
+    assert "already holds a run" in errors[0]
+
+
+def test_a_full_disk_at_the_start_is_named(recipe, tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_space)
+        with pytest.raises(
+            RunError, match=r"cannot begin a run in \S+: No space left on device; another --out, or room"
+        ):
+            Run.start(recipe, tmp_path, resume=False)
+    Run.start(recipe, tmp_path, resume=False)
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
