@@ -19,6 +19,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from gbnzoo.paper import paper_top1_percent
 from gbnzoo.recipe import Recipe, load_recipe, shipped_recipes
 from gbnzoo.regime import RUNGS
 from gbnzoo.weights import ORGANIZATION
@@ -289,8 +290,11 @@ class LadderRow:
     Args:
         ladder: network and data, e.g. "mlp5_gbn.mnist"; rungs of one ladder share it.
         split: which images were scored.
+        samples: seen in training, each time counted.
         top1_percent: of the last update, one value a seed.
         train_seconds: mean over the seeds.
+        hardware: what trained it; several, where seeds or stretches of a run had different ones.
+        paper_top1_percent: the paper's, where the runs are of its regime (see `gbnzoo.paper`).
     """
 
     ladder: str
@@ -299,8 +303,11 @@ class LadderRow:
     batch_size: int
     ghost_batch_size: int
     updates: int
+    samples: int
     top1_percent: tuple[float, ...]
     train_seconds: float
+    hardware: str
+    paper_top1_percent: float | None
 
     @property
     def mean(self) -> float:
@@ -314,8 +321,23 @@ class LadderRow:
     @property
     def spread(self) -> str:
         """Mean ± sample standard deviation (number of seeds)."""
-        std = "" if self.std is None else f" ± {self.std:.2f}"
-        return f"{self.mean:.2f}{std} ({len(self.top1_percent)})"
+        return spread(self.top1_percent)
+
+    @property
+    def ghosts(self) -> str:
+        """How many, of how many samples."""
+        return f"{self.batch_size // self.ghost_batch_size} × {self.ghost_batch_size}"
+
+    @property
+    def paper(self) -> str:
+        """The paper's top-1 in a table's cell."""
+        return "" if self.paper_top1_percent is None else f"{self.paper_top1_percent:.2f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation (number of values), as tables tell it."""
+    std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{std} ({len(values)})"
 
 
 def ladder_of(row: Mapping[str, str]) -> tuple[str, str]:
@@ -327,7 +349,7 @@ def group_by_rung(rows: Iterable[Mapping[str, str]]) -> list[LadderRow]:
     """Rows of hub/results.csv put together over seeds, in the ladder's order."""
 
     def rung(row: Mapping[str, str]) -> tuple:
-        numbers = (int(row[key]) for key in ("batch_size", "ghost_batch_size", "updates"))
+        numbers = (int(row[key]) for key in ("batch_size", "ghost_batch_size", "updates", "samples"))
         return (*ladder_of(row), list(RUNGS).index(row["rung"]), *numbers)
 
     ladder = []
@@ -335,21 +357,45 @@ def group_by_rung(rows: Iterable[Mapping[str, str]]) -> list[LadderRow]:
         seeds = sorted(group, key=lambda row: int(row["seed"]))
         top1_percent = tuple(float(row["top1"]) for row in seeds)
         seconds = statistics.fmean(float(row["train_seconds"]) for row in seeds)
-        ladder.append(LadderRow(name, split, list(RUNGS)[position], *numbers, top1_percent, seconds))
+        hardware = "; ".join(dict.fromkeys(row["hardware"] for row in seeds))
+        paper = {paper_top1_percent(row) for row in seeds}
+        ladder.append(
+            LadderRow(
+                ladder=name,
+                split=split,
+                rung=list(RUNGS)[position],
+                **dict(zip(("batch_size", "ghost_batch_size", "updates", "samples"), numbers, strict=True)),
+                top1_percent=top1_percent,
+                train_seconds=seconds,
+                hardware=hardware,
+                paper_top1_percent=paper.pop() if len(paper) == 1 else None,
+            )
+        )
     return ladder
 
 
 def ladder_table(ladder: Iterable[LadderRow]) -> str:
-    """A Markdown table of a ladder that is also legible as it stands."""
+    """A Markdown table of a ladder that is also legible as it stands; the paper's figures where there are any."""
+    ladder = list(ladder)
+    has_paper = any(row.paper_top1_percent is not None for row in ladder)
     return markdown_table(
-        ("rung", "batch", "ghosts", "updates", "top-1 %, mean ± std (n)", "seconds"),
+        (
+            "rung",
+            "batch",
+            "ghosts",
+            "updates",
+            "top-1 %, mean ± std (n)",
+            *(["paper"] if has_paper else []),
+            "seconds",
+        ),
         (
             (
                 row.rung,
                 row.batch_size,
-                f"{row.batch_size // row.ghost_batch_size} × {row.ghost_batch_size}",
+                row.ghosts,
                 row.updates,
                 row.spread,
+                *([row.paper] if has_paper else []),
                 f"{row.train_seconds:.1f}",
             )
             for row in ladder

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from gbnzoo import rates, report, train, tuning
+from gbnzoo.card import read_results
 from gbnzoo.data import data_folder, load_images, num_train_images
 from gbnzoo.diagnose import PARTS, as_text, diagnose, find_subject
 from gbnzoo.diagnose import write as write_diagnosis
@@ -19,6 +20,7 @@ from gbnzoo.jobs import FailedJobsError, run_jobs, training_job
 from gbnzoo.launch import is_launched
 from gbnzoo.metrics import evaluate
 from gbnzoo.publish import publish, record_result, refresh
+from gbnzoo.readmes import write_readmes
 from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.regime import RUNGS, Layout, Regime
 from gbnzoo.train import plain_errors
@@ -198,15 +200,38 @@ def publish_command(
 
 @app.command("report")
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs")],
-    plot: Plot = Path("ladder.png"),
+    runs: Annotated[list[Path] | None, typer.Argument(help="folders of runs, finished or not, or hub folders")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the page, its pictures and their data")] = Path("report"),
+    results: Annotated[
+        Path | None, typer.Option(help="results.csv, for seeds of the same ladders whose runs are not at hand")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file of the ladder, where the runs make one")] = None,
+    readmes: Annotated[
+        Path | None,
+        typer.Option(help="a checkout: write the ladders in its READMEs again, from --results, and no page"),
+    ] = None,
 ) -> None:
-    """Print the ladder of runs as a table, mean and sample standard deviation over seeds, and plot it."""
+    """Compare runs on one page, and print their ladders, mean and sample standard deviation over seeds."""
     with plain_errors():
-        rows = report.ladder_rows(runs)
-        print(report.ladder_table(rows))
-        report.ladder_plot(rows, plot)
-        print(f"\nplot: {plot}")
+        if readmes:
+            if runs or plot or not results:
+                raise ValueError(
+                    "--readmes is of --results alone; wanted --results hub/results.csv, no runs and no --plot"
+                )
+            for path in write_readmes(readmes, read_results(results)):
+                print(path)
+            return
+        records = report.read_runs(runs or ())
+        rows = report.report_rows(records, read_results(results) if results else ())
+        ladders = report.find_ladders(rows)
+        for ladder in ladders:
+            if len(ladders) > 1:
+                print(f"{ladder[0].ladder}, {ladder[0].split} split\n")
+            print(report.ladder_table(ladder) + "\n")
+        if plot:
+            report.ladder_plot(report.only_ladder(ladders), plot)
+            print(f"plot: {plot}")
+        print(f"page: {report.write_report(records, rows, out)}")
 
 
 @app.command("diagnose")

@@ -370,11 +370,15 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
+def recipes_folder() -> Path:
+    """Where the recipes of this installation are: the subpackage gbnzoo.recipes, in a checkout beside the package."""
+    package = Path(__file__).parent
+    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes of this installation, `mnist/mlp5_gbn.yaml` → file."""
-    package = Path(__file__).parent
-    # Installed, they are the subpackage gbnzoo.recipes; in a checkout they lie beside the package.
-    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
+    folder = recipes_folder()
     files = sorted(f for f in folder.glob("*/*.yaml") if f.parent.name != "machines")
     return {f.relative_to(folder).as_posix(): f for f in files}
 

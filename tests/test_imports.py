@@ -31,11 +31,16 @@ MAY_IMPORT = {
     "rates": {"allocator", "launch", "recipe", "trainer"},
     "allocator": set(),
     "train": {"allocator", "trainer", "launch", "recipe"},
-    "card": {"recipe", "run", "regime", "weights"},
+    "paper": {"recipe"},
+    "card": {"paper", "recipe", "run", "regime", "weights"},
+    "records": {"card", "recipe", "regime", "run"},
+    "charts": {"card", "diffusion", "records", "regime"},
+    "page": {"charts"},
+    "readmes": {"card", "charts", "report"},
     "collection": {"card", "recipe", "weights"},
     "publish": {"models", "recipe", "run", "card", "collection", "pretrained", "weights"},
     "upload": {"card", "pretrained", "weights"},
-    "report": {"run", "card", "diffusion"},
+    "report": {"card", "charts", "page", "recipe", "records", "regime", "run"},
     "watch": {"run"},
     "subject": {"data", "image_files", "models", "pretrained", "publish", "recipe", "run", "trainer", "weights"},
     "diagnose": {"card", "data", "diagnostics", "image_files", "norm", "pretrained", "publish"}
@@ -43,6 +48,8 @@ MAY_IMPORT = {
     "cli": {
         "diagnose",
         "watch",
+        "card",
+        "readmes",
         "report",
         "train",
         "data",
@@ -59,7 +66,7 @@ MAY_IMPORT = {
     "__init__": {"fusion", "norm", "models"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH = {"regime", "recipe", "card"}
+WITHOUT_TORCH = {"regime", "recipe", "paper", "card"}
 
 
 def imported(file):
