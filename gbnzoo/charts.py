@@ -655,6 +655,8 @@ def _plain(axes: "Axes", theme: Theme, x_grid: bool = True) -> None:
     axes.tick_params(which="both", length=0, colors=theme.ink, labelsize=8)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=theme.ink, fontsize=8.5)
+    if axes.get_xscale() == "log":  # over decades; they take half of the time of drawing
+        axes.xaxis.minorticks_off()
 
 
 def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:

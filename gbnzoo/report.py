@@ -22,6 +22,7 @@ from gbnzoo.charts import (
     layer_charts,
 )
 from gbnzoo.page import Section, Table, write_page
+from gbnzoo.recipe import RecipeError, load_recipe
 from gbnzoo.records import Record, read_record, without_repeats
 from gbnzoo.regime import RUNGS
 from gbnzoo.run import Run
@@ -295,10 +296,15 @@ def ghost_sizes(rows: Iterable[Mapping[str, str]]) -> list[GhostSizes]:
 
 def _ghost_family(row: Mapping[str, str]) -> tuple[str, ...]:
     """What results have in common that differ in seed and ghost size alone: split, batch, updates, the recipe's rest."""
-    words = shlex.split(row["recipe"])
-    words = words[: words.index("--rung")]
-    rest = [word for word in words if not word.startswith(("large.ghost_batch_size=", "tag="))]
-    return row["split"], row["batch_size"], row["updates"], *rest
+    path, *words = shlex.split(row["recipe"])
+    overrides = words[: words.index("--rung")]
+    try:
+        # Read again, for the nearest of the shipped recipes, from which the row tells the differences, may be another one.
+        apart = {"rung": True, "seed": True, "tag": True, "evaluations": True, "large": {"ghost_batch_size"}}
+        rest = repr(load_recipe(path, overrides).model_dump(exclude=apart))
+    except RecipeError:  # a recipe that has been moved since
+        rest = path
+    return row["split"], row["batch_size"], row["updates"], rest
 
 
 def _law(records: Sequence[Record], fitted: Sequence[FittedRun]) -> Section:

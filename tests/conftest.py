@@ -26,6 +26,14 @@ def real_data() -> str:
 
 
 @pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Charts keep their data and are not drawn, which takes most of the time."""
+    blank = BytesIO()
+    PIL.Image.new("L", (8, 8)).save(blank, format="png")
+    monkeypatch.setattr("gbnzoo.charts.Chart.png", lambda chart, theme=None, metadata=None: blank.getvalue())
+
+
+@pytest.fixture
 def image_parquet(tmp_path) -> Callable[..., Path]:
     """Writes `<tmp_path>/data/<name>/<split>-00000-of-00001.parquet` with random images, and returns `<tmp_path>/data`.
 

@@ -1,11 +1,41 @@
-"""The ladder of finished runs."""
+"""Runs side by side: the ladder, the walk's law, all batch sizes, ghost sizes, and the files that hold their numbers."""
+
+import csv
+import math
+import statistics
 
 import PIL.Image
 import pytest
+from logged_run import BASE, logged_run
 from small_run import finished_run
+from test_card import HUB
 
-from gbnzoo.report import ladder_plot, ladder_rows, top1_percent
+from gbnzoo.card import read_results
+from gbnzoo.charts import collapse_charts, curve_charts, distance_chart, fit_runs, layer_charts
+from gbnzoo.records import read_record
+from gbnzoo.report import (
+    find_ladders,
+    ghost_sizes,
+    ladder_plot,
+    ladder_rows,
+    read_runs,
+    report_rows,
+    top1_percent,
+    write_report,
+)
 from gbnzoo.run import RunError
+
+
+def log_t(t):
+    return 3 + 2 * math.log(t)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- the ladder
 
 
 def test_runs_become_a_ladder(tmp_path):
@@ -34,16 +64,193 @@ def test_an_unfinished_run_is_no_part_of_a_ladder(tmp_path):
         ladder_rows([finished_run(tmp_path, finished=False)])
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_the_plot_is_a_png_as_wide_as_a_readme(tmp_path, seeds):
-    runs = [finished_run(tmp_path, rung=rung, seed=seed) for rung in ("sb", "gbn") for seed in range(seeds)]
+def test_the_ladder_of_f1_is_a_png_as_wide_as_a_readme_with_the_papers_marks(tmp_path):
+    (f1,) = (
+        ladder for ladder in find_ladders(read_results(HUB / "results.csv")) if ladder[0].ladder == "mlp5_gbn.mnist"
+    )
     path = tmp_path / "new" / "ladder.png"
-    ladder_plot(ladder_rows(runs), path, paper_top1_percent={"sb": 51.0, "lb": 40.0})
+    ladder_plot(f1, path)
     with PIL.Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width == 1440
-        # Blue dots only where there are seeds to tell apart; the paper's orange and the black of means always.
+        colours = {colour: n for n, colour in image.convert("RGB").getcolors(2**20)}
+    assert colours[(0xD5, 0x5E, 0x00)] > 1000
+
+
+def test_without_the_paper_there_are_no_marks_of_it(tmp_path):
+    ladder_plot(ladder_rows([finished_run(tmp_path, rung=rung) for rung in ("sb", "gbn")]), tmp_path / "ladder.png")
+    with PIL.Image.open(tmp_path / "ladder.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**20)}
-    assert (0xD5, 0x5E, 0x00) in colours
-    assert (0x33, 0x33, 0x33) in colours
-    assert any(b > r + 100 for r, g, b in colours) == (seeds > 1)
+    assert (0xD5, 0x5E, 0x00) not in colours
+
+
+# ---- what a report takes
+
+
+def test_a_hub_folder_is_a_run_too_and_the_same_run_counts_once(tmp_path):
+    folder = HUB / "mlp5_gbn.mnist_gbn4096"
+    (record,) = read_runs([folder, folder])
+    assert (record.updates, record.is_finished, record.top1_percent, record.split) == (732, True, 98.86, "test")
+    assert {
+        key: value for key, value in record.result_row().items() if key in ("model", "seed", "top1", "updates")
+    } == {
+        "model": "mlp5_gbn.mnist_gbn4096",
+        "seed": "0",
+        "top1": "98.860",
+        "updates": "732",
+    }
+
+
+def test_results_stand_in_for_seeds_whose_runs_are_not_at_hand():
+    results = read_results(HUB / "results.csv")
+    records = read_runs([HUB / "mlp5_gbn.mnist_gbn4096"])
+    (ladder,) = find_ladders(report_rows(records, results))
+    # Every seed of the CSV once, whether its run is at hand or not.
+    wanted = {}
+    for row in results:
+        if row["model"].startswith("mlp5_gbn.mnist_") and row["model"].split("_")[-1] in ("sb128", *wanted_rungs()):
+            wanted.setdefault(row["rung"], []).append((int(row["seed"]), float(row["top1"])))
+    assert {row.rung: row.top1_percent for row in ladder} == {
+        rung: tuple(top1 for _, top1 in sorted(seeds)) for rung, seeds in wanted.items()
+    }
+    assert find_ladders(report_rows(records)) != [ladder]
+
+
+def wanted_rungs():
+    return [f"{rung}4096" for rung in ("lb", "lr", "gbn", "ra")]
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(RunError, match="is not a run"):
+        read_runs([tmp_path])
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report([], [], tmp_path)
+
+
+def test_a_run_of_an_earlier_version_lacks_columns_and_is_drawn_as_far_as_it_goes(tmp_path, undrawn):
+    folder = logged_run(tmp_path, log_t)
+    rows = read_csv(folder / "log.csv")
+    kept = [key for key in rows[0] if key not in ("peak_memory_mib", "weight_distance", "weight_distance_first")]
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    page = write_report([read_record(folder)], [], tmp_path / "report").read_text()
+    assert 'id="curves"' in page
+    assert 'id="distance"' not in page
+
+
+# ---- charts
+
+
+def test_the_csv_of_curves_is_the_runs_log(tmp_path, undrawn):
+    run = logged_run(tmp_path / "runs", log_t)
+    write_report(read_runs([run]), [], tmp_path / "report")
+    log = read_csv(run / "log.csv")
+    for name, x in (("updates", "update"), ("samples", "samples"), ("time", "train_seconds")):
+        drawn = read_csv(tmp_path / "report" / f"curves_by_{name}.csv")
+        assert len(drawn) == len(log) == 21
+        for row, logged in zip(drawn, log, strict=True):
+            for key in (x, "train_loss", "eval_loss", "top1_percent"):
+                assert (row[key] == logged[key] == "") or float(row[key]) == float(logged[key])
+    distances = read_csv(tmp_path / "report" / "weight_distance.csv")
+    assert [float(row["weight_distance"]) for row in distances] == [float(row["weight_distance"]) for row in log]
+
+
+def test_the_law_of_a_walk_is_found_and_can_lose(tmp_path):
+    records = read_runs(
+        [
+            logged_run(tmp_path, log_t, rung="sb"),
+            logged_run(tmp_path, lambda t: 1 + 0.5 * math.sqrt(t), rung="sb", seed=1),
+        ]
+    )
+    logarithm, root = fit_runs(records)
+    assert logarithm.fits["log"].slope == pytest.approx(2)
+    assert logarithm.fits["log"].r2 == pytest.approx(1)
+    assert logarithm.best.law == "log"
+    assert root.best.law == "sqrt"
+    # The last two decades of 1000 updates begin at 10.
+    assert (logarithm.first, logarithm.last) == (10, 1000)
+    rows = [row for row in distance_chart(records, [logarithm, root]).rows if row[1] == 0 and row[4] is not None]
+    assert [row[2] for row in rows][:2] == [10, 13]
+    assert all(row[3] == pytest.approx(row[4]) for row in rows)
+
+
+def test_the_law_is_fitted_where_the_rate_is_high(tmp_path):
+    # Half of 100 epochs of 10 updates: the rate falls at update 500.
+    base = BASE | {"milestones": [50], "lr_decay": 0.1}
+    (fit,) = fit_runs(read_runs([logged_run(tmp_path, lambda t: log_t(min(t, 450)), rung="sb", base=base)]))
+    assert (fit.first, fit.last) == (6, 422)
+    assert fit.fits["log"].r2 == pytest.approx(1)
+
+
+def test_a_run_with_too_few_points_has_no_law_but_is_drawn(tmp_path):
+    records = read_runs([logged_run(tmp_path, log_t, until=3)])
+    assert fit_runs(records) == []
+    assert len(distance_chart(records, []).rows) == 3
+
+
+def test_batch_sizes_are_compared_before_and_after(tmp_path):
+    # Before, a batch twice as large goes half as far; after, all go the same way.
+    def before(batch):
+        return lambda t: 4 / batch * log_t(t)
+
+    runs = [logged_run(tmp_path, log_t, rung="sb")]
+    for batch in (8, 16):
+        large = {"batch_size": batch, "ghost_batch_size": 4}
+        runs += [
+            logged_run(tmp_path, before(batch), rung="lb", large=large),
+            logged_run(tmp_path, log_t, rung="gbn", large=large),
+        ]
+    first, second = collapse_charts(read_runs(runs))
+    assert {row[0] for row in first.rows} == {row[0] for row in second.rows} == {4, 8, 16}
+    assert "the largest is 4.00 times the smallest" in first.text
+    assert "the largest is 1.00 times the smallest" in second.text
+    # 16 images an update, 40 images 100 times: 250 updates, of which 237 is the last that all have logged.
+    assert "At update 237" in first.text
+    assert collapse_charts(read_runs(runs[:2])) == []
+
+
+def test_layers_are_drawn_where_they_were_logged(tmp_path):
+    with_layers = logged_run(tmp_path, log_t, layers=("stem", "head"))
+    (chart,) = layer_charts(read_runs([with_layers, logged_run(tmp_path, log_t, seed=1)]))
+    assert {row[0] for row in chart.rows} == {"stem", "head"}
+    assert [row[2] for row in chart.rows if row[:2] == ("head", 100)] == [pytest.approx(2 * log_t(100))]
+    assert "head has gone farthest" in chart.text
+
+
+def test_ghost_sizes_are_runs_that_differ_in_nothing_else(tmp_path, undrawn):
+    def run(size, seed, value, rung="gbn", batch=16):
+        tag = {} if rung == "lr" else {"tag": f"shapes_g{size}"}
+        large = {"batch_size": batch, "ghost_batch_size": size}
+        return finished_run(tmp_path, rung=rung, seed=seed, top1_percent=value, large=large, **tag)
+
+    runs = [run(2, 0, 80.0), run(2, 1, 84.0), run(4, 0, 90.0), run(4, 1, 91.0), run(4, 2, 92.0)]
+    assert ghost_sizes(report_rows(read_runs(runs))) == []  # two sizes are no curve
+    # A whole batch without ghosts is rung lr; another batch size is another curve.
+    runs += [run(8, 0, 70.0, rung="lr"), run(2, 0, 50.0, batch=8)]
+    (curve,) = ghost_sizes(report_rows(read_runs(runs)))
+    assert (curve.name, curve.rung, curve.batch_size) == ("resnet8_thin_gbn.shapes", "gbn", 16)
+    assert {size.ghost_batch_size: size.top1_percent for size in curve.sizes} == {
+        2: (80.0, 84.0),
+        4: (90.0, 91.0, 92.0),
+        16: (70.0,),
+    }
+    page = write_report([], report_rows(read_runs(runs)), tmp_path / "report")
+    by_size = {}
+    for row in read_csv(page.parent / "ghost_sizes.csv"):
+        by_size.setdefault(row["ghost_batch_size"], []).append(row)
+    assert float(by_size["2"][0]["mean"]) == 82.0
+    assert float(by_size["2"][0]["std"]) == pytest.approx(statistics.stdev([80, 84]))
+    assert by_size["16"][0]["std"] == ""
+
+
+def test_runs_of_a_series_share_a_line_and_unlike_ones_do_not(tmp_path):
+    runs = [
+        logged_run(tmp_path / "a", log_t),
+        logged_run(tmp_path / "a", log_t, seed=1),
+        logged_run(tmp_path / "b", log_t, label_smoothing=0.1),  # of the same name, in another folder
+    ]
+    rows = curve_charts(read_runs(runs))[0].rows
+    assert len({row[0] for row in rows}) == 2
+    assert len({row[:2] for row in rows}) == 3
