@@ -482,6 +482,7 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
     """
     seeds = max(len(row.top1_percent) for row in rows)
     has_paper = any(row.paper_top1_percent is not None for row in rows)
+    is_crowded = len(rows) > 1.6 * width
 
     def draw(theme: Theme) -> "Figure":
         figure = _figure(theme, HEIGHT, 0, width=width)
@@ -504,12 +505,15 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
                 top = max(top, 100 - row.paper_top1_percent)
             offset = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
             box = {"facecolor": theme.background, "edgecolor": "none", "pad": 0.6}
-            axes.annotate(f"{row.mean:.2f}", (x, top), **offset, color=theme.ink, fontsize=8, bbox=box, zorder=2.5)
-        labels = [f"{row.rung}\n{row.batch_size:,}\n{row.updates:,}" for row in rows]
-        axes.set_xticks(range(len(rows)), labels, fontsize=8)
-        axes.set_xlabel("rung, batch, updates", fontsize=8)
+            text = {"color": theme.ink, "fontsize": 8, "rotation": 90 if is_crowded else 0, "zorder": 2.5}
+            axes.annotate(f"{row.mean:.2f}", (x, top), **offset, **text, bbox=box)
+        if is_crowded:
+            axes.set_xticks(range(len(rows)), [f"{row.rung} {row.batch_size}" for row in rows], rotation=90)
+        else:
+            axes.set_xticks(range(len(rows)), [f"{row.rung}\n{row.batch_size:,}\n{row.updates:,}" for row in rows])
+            axes.set_xlabel("rung, batch, updates")
         axes.set_xlim(-0.6, len(rows) - 0.4)
-        axes.set_ylim(0, 1.14 * _tallest(rows))
+        axes.set_ylim(0, (1.3 if is_crowded else 1.14) * _tallest(rows))
         axes.set_ylabel(f"top-1 error, {rows[0].split} split (%)")
         _plain(axes, theme, x_grid=False)
         marks = (
