@@ -16,7 +16,7 @@ from gbnzoo.train import train
 from gbnzoo.tuning import Setting
 
 DIGITS = "recipes/digits/resnet8_thin_gbn.yaml"
-SHORT = ["base.epochs=0.3", "base.milestones=[]", "evaluations=1", "large.batch_size=64"]
+SHORT = ["precision=fp64", "base.epochs=0.3", "base.milestones=[]", "evaluations=1", "large.batch_size=64"]
 SETTING = Setting("net", {"width": 2}, (1, 8, 8), 10, 16, (16, 32, 64), "fp32", "4 × a processor", 1)
 
 
@@ -177,7 +177,7 @@ def test_the_choice_changes_no_result(tmp_path):
         for kept in (tmp_path / "cache" / "gbnzoo" / "tuning").iterdir():
             kept.unlink()
     for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_a_run_that_goes_on_keeps_its_micro_batch(tmp_path):
