@@ -226,8 +226,9 @@ class Run:
     # ---- weights
 
     def save_initial(self, model: Mapping[str, torch.Tensor]) -> None:
-        """Keep the weights before the first update, from which distances are measured."""
-        self._write(self._initial, _pack(Checkpoint(0, 0, dict(model))))
+        """Keep the weights before the first update, from which distances are measured, with a hash of their bytes."""
+        initial = Checkpoint(0, 0, dict(model))
+        self._write(self._initial, _pack(initial, {"sha256": _hash_of_tensors(_pack(initial))}))
 
     def initial_weights(self) -> dict[str, torch.Tensor]:
         """The weights before the first update.
@@ -236,7 +237,11 @@ class Run:
             RunError: if their file is damaged.
         """
         try:
-            return _unpack(self._initial.read_bytes()).model
+            content = self._initial.read_bytes()
+            # Files written by 0.1.0 hold no hash.
+            if json.loads(_metadata(content).get("sha256", "null")) not in (None, _hash_of_tensors(content)):
+                raise ValueError("its bytes do not match the hash that it holds")
+            return _unpack(content).model
         except (SafetensorError, ValueError, KeyError) as error:
             raise RunError(
                 f"{self._initial} is damaged ({error}); without it, --resume makes it again from the seed"
@@ -354,13 +359,13 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _pack(checkpoint: Checkpoint) -> bytes:
+def _pack(checkpoint: Checkpoint, more_metadata: Mapping[str, Any] | None = None) -> bytes:
     tensors = {f"model.{key}": value for key, value in checkpoint.model.items()}
     scalars: dict[str, Any] = {}
     for index, state in checkpoint.optimizer.items():
         for key, value in state.items():
             (tensors if isinstance(value, torch.Tensor) else scalars)[f"optimizer.{index}.{key}"] = value
-    metadata = {
+    metadata = dict(more_metadata or {}) | {
         "update": checkpoint.update,
         "total_updates": checkpoint.total_updates,
         "scalars": scalars,
@@ -371,9 +376,21 @@ def _pack(checkpoint: Checkpoint) -> bytes:
     return save(plain, {key: json.dumps(value) for key, value in metadata.items()})
 
 
+def _tensors_begin(content: bytes) -> int:
+    """Where a safetensors file's header ends: it opens with the header's length."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    return json.loads(content[8 : _tensors_begin(content)])["__metadata__"]
+
+
+def _hash_of_tensors(content: bytes) -> str:
+    return hashlib.sha256(content[_tensors_begin(content) :]).hexdigest()
+
+
 def _unpack(content: bytes) -> Checkpoint:
-    header_bytes = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
+    metadata = _metadata(content)
     model: dict[str, torch.Tensor] = {}
     optimizer: dict[int, dict[str, Any]] = {}
     for name, value in (load(content) | json.loads(metadata["scalars"])).items():

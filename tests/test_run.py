@@ -87,10 +87,12 @@ def test_where_all_checkpoints_are_damaged_the_run_begins_again_loudly(run):
         assert run.latest_checkpoint() is None
 
 
-def test_damaged_initial_weights_are_named_with_the_cure(run):
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"\x40"])
+def test_damaged_initial_weights_are_named_with_the_cure(run, damage):
     run.save_initial({"w": torch.ones(3)})
     path = run.folder / "checkpoints" / "initial.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+    assert run.initial_weights()["w"].tolist() == [1, 1, 1]
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(RunError, match=r"initial\.safetensors is damaged .*--resume makes it again from the seed"):
         run.initial_weights()
 
