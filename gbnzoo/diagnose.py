@@ -396,8 +396,10 @@ def advice(scale: Estimate, batch_size: int | None, *, lr_scaling: str = "sqrt",
     """
     if math.isinf(scale.low):
         return "noise alone was found, no gradient; more --ghosts may tell"
+    if scale.low < 1 and math.isinf(scale.high):
+        return "so few ghosts tell nothing of the noise scale; more --ghosts may"
     if math.isinf(scale.high):
-        limit = max(scale.low, 1.0)
+        limit = scale.low
         beyond = f"where you mostly pay was not found, but not below {_short(limit)} (95 %); more --ghosts may tell"
     else:
         limit = scale.value
@@ -442,7 +444,7 @@ def as_text(diagnosis: Diagnosis) -> str:
     def add(what: str, value: Estimate | float, remark: str = "") -> None:
         if isinstance(value, Estimate):
             low, high = ("no end" if math.isinf(end) else f"{end:.4g}" for end in (value.low, value.high))
-            number = "not finite" if math.isinf(value.value) else f"{value.value:.4g}"
+            number = "∞" if math.isinf(value.value) else f"{value.value:.4g}"
             rows.append((what, number, f"{low} to {high}", remark))
         else:
             rows.append((what, f"{value:.4g}", "", remark))
@@ -458,6 +460,12 @@ def as_text(diagnosis: Diagnosis) -> str:
     if diagnosis.hessian:
         for i, value in enumerate(diagnosis.hessian.eigenvalues, 1):
             add(f"Hessian λ{i}", value, f"{diagnosis.hessian.products} products" if i == 1 else "")
+        # BatchNorm undoes a scaling of the weights before it, which changes λ and the sharpness's box, but not this.
+        add(
+            "λ1·‖w‖²",
+            diagnosis.hessian.eigenvalues[0] * diagnosis.weight_norm**2,
+            "which a scaling of w that BatchNorm undoes leaves alone",
+        )
     if diagnosis.sharpness:
         add("sharpness, all weights", diagnosis.sharpness.percent, f"%, ε = {settings['epsilon']:g}")
         remark = f"%, ε = {settings['epsilon']:g}, {settings['subspace']} directions"

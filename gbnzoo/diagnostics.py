@@ -318,13 +318,14 @@ def sharpness(
     Without `subspace` A is the identity, and the box has a side for each weight. Else A is n × subspace, its entries standard
     normal: assumed, for the paper says only that its columns are random, and their length scales the box.
 
-    Departs from its source in the search. L-BFGS-B builds its model from pairs of steps and gradients of −f, and refuses
-    each where f curves upwards, which around a minimum it does: what is left is a gradient step cut short where the first
-    weight meets its bound. A linear function's maximum over a box is at a corner that is known, and so is a convex one's at
-    some corner; each iteration here goes to the corner that the gradient points to (Frank and Wolfe 1956), or halves the
-    way to it until the loss rises. As there, ten iterations. A search begins at the point and another at a random place
-    in the box, since at an exact minimum no gradient points anywhere; the larger maximum counts. Both are local
-    searches: the sharpness is at least this.
+    Departs from its source in the search. A linear function's maximum over a box is at a corner that is known, and a convex
+    one's at some corner; each iteration goes to the corner that the gradient points to (Frank and Wolfe 1956), or halves the
+    way to it until the loss rises. L-BFGS-B, the source's method, builds its model from pairs of steps and gradients of −f
+    and refuses each where f curves upwards, as it does around a minimum; its steps then depend on the loss's unit. With ten
+    iterations either way and 512 images it found 222 % for F1's sb on MNIST, 291 % where the loss was multiplied by 10⁴,
+    and this search 341 %; for lb they agree (7,003, 7,001 and 7,010 %). One search begins at the point and another at a
+    random place in the box, since at an exact minimum no gradient points anywhere; the larger maximum counts. Both are local:
+    the sharpness is at least this.
 
     Args:
         loss_and_gradient: of a point.

@@ -225,6 +225,7 @@ def test_sources_that_are_none_of_those_wanted(tmp_path, data_dir):
             " mostly pay was not found, but not below 7,100 (95 %); more --ghosts may tell",
         ),
         (Estimate(math.inf, 52_000, math.inf), 40_000, "your batch 40,000 is about as large as is known to pay; where"),
+        (Estimate(1e5, 0, math.inf), 512, "so few ghosts tell nothing of the noise scale"),
         (Estimate(math.inf, math.inf, math.inf), 512, "noise alone was found"),
         (Estimate(0.5, 0.4, 0.6), 128, "beyond 0.5 (95 %: 0.4 to 0.6) you mostly pay"),
     ],
