@@ -1,4 +1,4 @@
-"""The command line: `gbnzoo quickstart | train | plan | ladder | report | watch | diagnose | publish`."""
+"""The command line: `gbnzoo quickstart | train | plan | ladder | report | watch | walk | diagnose | publish`."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from gbnzoo import rates, report, train, tuning
+from gbnzoo import rates, report, train, tuning, walk_law
 from gbnzoo.card import read_results
 from gbnzoo.data import data_folder, load_images, num_train_images
 from gbnzoo.diagnose import PARTS, as_text, diagnose, find_subject
@@ -20,6 +20,7 @@ from gbnzoo.jobs import FailedJobsError, run_jobs, training_job
 from gbnzoo.launch import is_launched
 from gbnzoo.metrics import evaluate
 from gbnzoo.publish import publish, record_result, refresh
+from gbnzoo.random_walk import simulate
 from gbnzoo.readmes import write_readmes
 from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.regime import RUNGS, Layout, Regime
@@ -284,6 +285,46 @@ def diagnose_command(
         print(as_text(found))
         files = write_diagnosis(found, out or Path("diagnosis") / subject.name.rpartition("/")[2])
         print(f"\nwritten: {', '.join(map(str, files))}")
+
+
+@app.command("walk")
+def walk_command(
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(help="of E(L(w1) − L(w2))² ~ ‖w1 − w2‖^α, 0 to 2; again for more walks  [default: 1]"),
+    ] = None,
+    dimensions: Annotated[int, typer.Option(min=1, help="of the landscape; 1 and 2 are walked exactly")] = 1,
+    landscapes: Annotated[int, typer.Option(min=2, help="that the distances are means over")] = 200,
+    seed: Annotated[int, typer.Option(help="of landscapes and walkers")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="by default low enough to see the law")] = None,
+    log_updates: Annotated[
+        tuple[float, float] | None, typer.Option(help="natural logarithms of the first and the last number of updates")
+    ] = None,
+    stepping: Annotated[
+        bool | None,
+        typer.Option("--stepping/--exact", help="one walker a landscape, or all its walkers by elimination"),
+    ] = None,
+    run: Annotated[list[Path] | None, typer.Option(help="draw the weights of this run in the same way")] = None,
+    out: Annotated[Path, typer.Option(help="folder for walk.csv and walk.png")] = Path("walk"),
+) -> None:
+    """Random walks on a random potential: does the distance go like (log t)^(2/α)? Writes CSV and plot."""
+    with plain_errors():
+        real = [walk_law.run_curve(folder) for folder in run or ()]
+        laws = []
+        for each in alpha or [1.0]:
+            walks = simulate(
+                each,
+                dimensions,
+                landscapes=landscapes,
+                seed=seed,
+                temperature=temperature,
+                log_updates=log_updates,
+                stepping=stepping,
+            )
+            laws.append(walk_law.measure(walks))
+        print(walk_law.table(laws) + "\n")
+        for path in walk_law.save(laws, out, real):
+            print(path)
 
 
 def train_ladder(

@@ -82,6 +82,7 @@ def fit_laws(updates: ArrayLike, distances: ArrayLike) -> dict[str, Fit]:
         return np.expm1(p * z) / p
 
     low, high = EXPONENTS_OF_POWER
+    high = min(high, 600 / np.abs(z).max())  # t may be e^600, and e^709 is the end of float64
     grid = np.linspace(low, high, 199 + 1)
     grid = np.concatenate((-grid[::-1], grid))
     best = int(np.argmin([_rss(basis(p), y) for p in grid]))
@@ -107,6 +108,58 @@ def fit_laws(updates: ArrayLike, distances: ArrayLike) -> dict[str, Fit]:
 def best_law(fits: Mapping[str, Fit]) -> Fit:
     """The fit of the least BIC."""
     return min(fits.values(), key=lambda fit: fit.bic)
+
+
+@dataclass(frozen=True)
+class LogPower:
+    """scale · (log t)^exponent, the law of a walk on a random potential; call it with updates for the distances it says.
+
+    Args:
+        exponent: 2/α by theory.
+        standard_error: of the exponent, over landscapes.
+        scale: in units of the distance, at log t = 1.
+    """
+
+    exponent: float
+    standard_error: float
+    scale: float
+
+    def __call__(self, updates: ArrayLike) -> NDArray[np.float64]:
+        """Distances at these updates (each above 1), in the same shape."""
+        return self.scale * np.log(np.asarray(updates, dtype=np.float64)) ** self.exponent
+
+
+def fit_log_power(updates: ArrayLike, distances: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> LogPower:
+    """Fit scale · (log t)^exponent to the mean over many walks, by least squares in the logarithm of the distance.
+
+    The points of one walk are not independent, so the error is not taken from how they scatter about the law but from the
+    bootstrap over walks (Efron 1979): the fit is repeated on as many walks drawn with replacement.
+
+    Args:
+        updates: [points], each above 1, at least 5 different.
+        distances: of independent walks at these updates, [walks, points], their mean above 0; at least 2 walks.
+
+    Raises:
+        ValueError: naming what is wanted.
+    """
+    each = np.asarray(distances, dtype=np.float64)
+    if each.ndim != 2 or len(each) < 2:
+        raise ValueError(
+            f"distances of shape {each.shape}; wanted [walks, points] of at least 2 walks, to know the error"
+        )
+    t, mean = checked_points(updates, each.mean(axis=0))
+    if t.min() <= 1 or mean.min() <= 0:
+        raise ValueError(
+            f"a mean distance of {mean.min():g} and a first update of {t.min():g}; wanted a distance above 0 and updates "
+            "above 1, since the law is of their logarithms"
+        )
+    x = np.log(np.log(t))
+    rng = np.random.default_rng(seed)
+    exponents = [
+        _line(x, np.log(each[rng.integers(len(each), size=len(each))].mean(axis=0)))[1] for _ in range(resamples)
+    ]
+    intercept, exponent = _line(x, np.log(mean))
+    return LogPower(float(exponent), float(np.std(exponents, ddof=1)), float(np.exp(intercept)))
 
 
 def checked_points(updates: ArrayLike, distances: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -147,9 +200,11 @@ def _fit(law: Law, x: NDArray, y: NDArray, exponent: float | None = None) -> Fit
 
 
 def _line(x: NDArray, y: NDArray) -> tuple[float, float]:
-    centred = x - x.mean()
+    scale = np.abs(x).max()  # so that squares do not overflow
+    scaled = x / scale
+    centred = scaled - scaled.mean()
     slope = centred @ (y - y.mean()) / (centred @ centred)
-    return y.mean() - slope * x.mean(), slope
+    return y.mean() - slope * scaled.mean(), slope / scale
 
 
 def _rss(x: NDArray, y: NDArray) -> float:

@@ -16,6 +16,9 @@ MAY_IMPORT = {
     "data": set(),
     "image_files": {"data", "recipe"},
     "diffusion": set(),
+    "random_walk": set(),
+    "distance_plot": set(),
+    "walk_law": {"charts", "diffusion", "distance_plot", "random_walk", "records"},
     "metrics": set(),
     "diagnostics": set(),
     "weights": set(),
@@ -47,6 +50,8 @@ MAY_IMPORT = {
     | {"recipe", "run", "subject", "trainer", "weights"},
     "cli": {
         "diagnose",
+        "walk_law",
+        "random_walk",
         "watch",
         "card",
         "readmes",
