@@ -58,7 +58,10 @@ def test_the_thread_from_recipe_to_evaluated_weight(tmp_path, monkeypatch):
     assert measured == trained
     assert float(measured.split()[0]) > 80
 
-    again = gbnzoo("report", *sorted((tmp_path / "runs").iterdir()), "--plot", tmp_path / "again.png")
+    runs, page = sorted((tmp_path / "runs").iterdir()), tmp_path / "page"
+    again = gbnzoo("report", *runs, folder, "--plot", tmp_path / "again.png", "--out", page)
+    assert again.splitlines()[-2:] == [f"plot: {tmp_path / 'again.png'}", f"page: {page / 'index.html'}"]
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "ladder.png").read_bytes()
     assert [line for line in again.splitlines() if line.startswith("| ")] == table
     assert "already" in gbnzoo("train", DIGITS, *cli.QUICKSTART_OVERRIDES, "--out", tmp_path / "runs", exit_code=2)
 
@@ -73,6 +76,8 @@ def test_the_thread_from_recipe_to_evaluated_weight(tmp_path, monkeypatch):
         (("plan", DIGITS, "base.epochs=0.1", "base.milestones=[]"), f"{DIGITS}: base.epochs: rung lb would make no"),
         (("publish", "nowhere"), "nowhere is not a run"),
         (("report", "nowhere"), "nowhere is not a run"),
+        (("report",), "nothing to report; wanted folders of runs, or --results with rows in it"),
+        (("report", "--readmes", "."), "wanted --results hub/results.csv, no runs and no --plot"),
     ],
 )
 def test_mistakes_are_answered_in_words(arguments, message):
