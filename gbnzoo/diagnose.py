@@ -464,7 +464,7 @@ def as_text(diagnosis: Diagnosis) -> str:
         add(
             "λ1·‖w‖²",
             diagnosis.hessian.eigenvalues[0] * diagnosis.weight_norm**2,
-            "which a scaling of w that BatchNorm undoes leaves alone",
+            "unmoved by a scale that BatchNorm undoes",
         )
     if diagnosis.sharpness:
         add("sharpness, all weights", diagnosis.sharpness.percent, f"%, ε = {settings['epsilon']:g}")
