@@ -79,7 +79,8 @@ def distance_plot(curves: Sequence[WalkCurve], path: str | Path, *, title: str =
     laws += ["dashed: the slope of theory" if any(curve.theory is not None for curve in curves) else ""]
     logarithmic.set_title(", ".join(filter(None, laws)), loc="left", fontsize=9, color=_INK)
     plain.set_title(title, loc="left", fontsize=10, color=_INK)
-    plain.legend(frameon=False, fontsize=8.5)
+    handles, labels = plain.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5)
     for axes in (plain, logarithmic):
         axes.grid(color="#e2e2e2", linewidth=0.7)
         axes.set_axisbelow(True)
