@@ -34,7 +34,8 @@ class Together:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             place = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 or on_gpus else {}
             place |= {} if on_gpus else {"ACCELERATE_USE_CPU": "true"}
-            process = _SERVER.Process(target=_work, args=(end, place, function, arguments))
+            here = dict(os.environ) | {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+            process = _SERVER.Process(target=_work, args=(end, here, function, arguments))
             process.start()
             end.close()
             self.processes.append(process)
@@ -66,8 +67,9 @@ def run_together(processes: int, function: Callable, *arguments: Any, on_gpus: b
         return together.results()
 
 
-def _work(answer: Connection, place: dict[str, Any], function: Callable, arguments: tuple) -> None:
-    os.environ |= {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+def _work(answer: Connection, environment: dict[str, str], function: Callable, arguments: tuple) -> None:
+    os.environ.clear()  # the server's is that of the test which started it
+    os.environ |= environment
     torch.set_num_threads(1)
     try:
         answered = function(*arguments), None
