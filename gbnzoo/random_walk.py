@@ -7,18 +7,21 @@ log t: α = 2. Sinai 1982 proved (log t)² in one dimension at α = 1; Marinari,
 Lett. 50, 1223) gave the scaling for other α, Bouchaud and Georges 1990 (Phys. Rep. 195, 127), section 3, for any dimension.
 
 The walker lives on the lattice Z^N. Each step proposes one of the 2N neighbours, all alike, and goes there with the heat
-bath's probability 1/(1 + exp(ΔL/T)). Two ways lead to its distance:
+bath's probability 1/(1 + exp(ΔL/T)). Three ways lead to its distance:
 
 - stepping, `walk_line` and `walk_waves`: any dimension, but a logarithm leaves it a few decades only;
-- exactly, `line_distances` and `plane_distances`: the mean distance after a random number of steps that is geometric with mean
-  t, from one elimination for each t. A fixed t would differ by a factor of order 1 in t, which a law in log t does not see
-  (as log t grows); in return t may be e^600, no walker is sampled, and only landscapes are left to average over.
+- exactly, on a line, `line_distances`: the mean distance after a random number of steps that is geometric with mean t, from
+  one elimination for each t. A fixed t would differ by a factor of order 1 in t, which a law in log t does not see (as log t
+  grows); in return t may be e^600, no walker is sampled, and only landscapes are left to average over;
+- at low temperature, in a plane, `valley_distances`: as T goes to 0 at the same T log t, the walker is at the bottom of the
+  valley that it leaves only over barriers above T log t, which flooding finds (Sinai 1982: on a line at any temperature).
 
 NumPy alone. All draws are keyed by seed and landscape: the same arguments give the same numbers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +30,8 @@ from numpy.typing import ArrayLike, NDArray
 HELD = 25.0
 # Beyond it 1/t is too near the smallest float64.
 LAST_LOG_UPDATE = 660.0
+# How often a self-similar landscape turns: its correlation length in log‖w‖, and in angle, is 1/TURNS.
+TURNS = 8.0
 # Arms of lines that are folded together: enough to hide NumPy's overhead, few enough to be of like length.
 ARMS_AT_ONCE = 64
 
@@ -38,8 +43,9 @@ class Walks:
     Args:
         alpha, dimensions, temperature, seed: of the landscapes and the walkers; the temperature in units of L's root mean
             square difference at distance 1.
-        stepping: whether each distance is that of one walker after t steps, or the exact mean over all walkers on its
-            landscape, stopped after a number of steps that is geometric with mean t.
+        stepping: whether each distance is that of one walker after t steps, or else, on a line, the exact mean over all
+            walkers on its landscape, stopped after a number of steps that is geometric with mean t, and in a plane that of
+            all walkers at a temperature near 0.
         updates: steps t, float64 [points].
         distances: Euclidean, in lattice units, float64 [landscapes, points].
     """
@@ -80,23 +86,23 @@ def simulate(
     temperature: float | None = None,
     log_updates: tuple[float, float] | None = None,
     points: int = 13,
-    radius: int | None = None,
+    radius: float | None = None,
     stepping: bool | None = None,
 ) -> Walks:
     """Walk on many landscapes, each drawn by (seed, its index).
 
     Args:
-        alpha: 0 < alpha ≤ 2; at 2 the landscape is the borderline that `line_potential` and `plane_waves` describe.
-        dimensions: N. One and two are walked exactly unless `stepping` is asked for, more by stepping.
+        alpha: 0 < alpha ≤ 2, of landscapes as `line_potential`, in the plane `self_similar`, and by stepping `plane_waves`.
+        dimensions: N. One is walked exactly and two at low temperature unless `stepping` is asked for, more by stepping.
         temperature: above 0; by default as in `regime_of`.
         log_updates: natural logarithms of the first and the last t; by default as in `regime_of`.
         points: values of t, even in the logarithm of log t.
-        radius: sites to each side of the start, of an exact walk. By default 64 in the plane, and on the line four times what
-            holds the walkers of 32 other landscapes: were the landscapes themselves asked, those that hold best would be
-            preferred.
+        radius: how far the landscape goes, in lattice units. By default on the line four times what holds the walkers of 32
+            other landscapes: were the landscapes themselves asked, those that hold best would be preferred. In the plane,
+            which costs by its logarithm, far enough for the default updates.
 
     Returns:
-        Walks, in the plane up to the t where walkers stop at the edge with a mean chance of 1 %.
+        Walks, in the plane up to the t where one landscape in a hundred lets its walkers come to the edge.
 
     Raises:
         ValueError: for what no walk can be made of; on the line, too, if it is too short for one of the landscapes.
@@ -108,7 +114,7 @@ def simulate(
         )
     stepping = dimensions > 2 if stepping is None else stepping
     if not stepping and dimensions > 2:
-        raise ValueError(f"an exact walk in {dimensions} dimensions; wanted 1 or 2, or stepping")
+        raise ValueError(f"a walk without stepping in {dimensions} dimensions; wanted 1 or 2, or stepping")
     usual_temperature, usual_updates = regime_of(alpha, dimensions, stepping=stepping)
     temperature = usual_temperature if temperature is None else temperature
     first, last = usual_updates if log_updates is None else log_updates
@@ -135,21 +141,21 @@ def simulate(
         )
         distances = np.array([np.linalg.norm(sites, axis=1) for sites in walks])
     elif dimensions == 1:
-        radius = radius or 4 * _holding_radius(
-            alpha, temperature * (np.log(t[-1]) + HELD), [rng(i, 1) for i in range(32)]
+        radius = int(
+            radius or 4 * _holding_radius(alpha, temperature * (np.log(t[-1]) + HELD), [rng(i, 1) for i in range(32)])
         )
         lines = (line_potential(alpha, radius, rng(i)) for i in range(landscapes))
         distances = line_distances(lines, t, temperature=temperature)
     else:
-        sites = np.arange(-(radius or 64), (radius or 64) + 1)
-        square = np.stack(np.meshgrid(sites, sites, indexing="ij"), axis=-1)
-        planes = (plane_waves(alpha, 2, rng(i))(square) for i in range(landscapes))
-        both = np.array([plane_distances(plane, t, temperature=temperature) for plane in planes])
-        at_edge = both[:, 1].mean(axis=0)
-        inside = int(np.argmax(at_edge > 0.01)) if at_edge.max() > 0.01 else t.size
+        radii, angles = polar_mesh(radius or np.exp(7.5 + 2 / alpha * np.log(100)))
+        site = np.stack((radii[:, None] * np.cos(angles), radii[:, None] * np.sin(angles)), axis=-1)
+        barriers = temperature * np.log(t)
+        planes = (self_similar(alpha, site, rng(i)) for i in range(landscapes))
+        both = np.array([valley_distances(plane, radii, barriers) for plane in planes])
+        inside = np.searchsorted(both[:, 1].mean(axis=0), 0.01, side="right")
         if inside < 2:
             raise ValueError(
-                f"walkers come to the edge, {sites[-1]} sites away, by t = {t[0]:.3g}; wanted a larger radius"
+                f"walkers come to the edge, {radii[-1]:.4g} away, by t = {t[0]:.3g}; wanted a larger radius"
             )
         t, distances = t[:inside], both[:, 0, :inside]
     return Walks(alpha, dimensions, temperature, seed, stepping, t, distances)
@@ -164,10 +170,47 @@ def regime_of(alpha: float, dimensions: int, *, stepping: bool) -> tuple[float, 
     if stepping:
         return 0.25, (np.log(100), np.log(100_000))
     if dimensions == 2:
-        return 0.1, (12.0, 150.0)
-    temperature = float(np.interp(alpha, [0.5, 1, 1.5, 2], [0.25, 0.5, 0.5, 0.2]))
+        return float(np.interp(alpha, [0.5, 1, 1.5, 2], [0.2, 0.5, 1, 2])), (6.0, 600.0)
+    if alpha == 2:
+        return 10.0, (6.0, 600.0)
+    temperature = float(np.interp(alpha, [0.5, 1, 1.5], [0.25, 0.5, 0.5]))
     last = float(np.interp(alpha, [0.5, 1, 1.5], [100, 200, 600]))
     return temperature, (last / 100 ** (min(alpha, 1.5) / 2), last)
+
+
+def self_similar(
+    alpha: float, points: ArrayLike, rng: np.random.Generator, *, num_waves: int = 64
+) -> NDArray[np.float64]:
+    """Draw a landscape that looks alike at all distances from its start, L(w) = ‖w‖^(α/2) X(log ‖w‖, w/‖w‖), at points.
+
+    X is Gaussian and stationary, with correlation exp(-32 ‖Δ‖²): a feature at distance d is about d/8 wide. All processes whose
+    scale goes with the distance from a point are of this form (Lamperti 1962); E(L(w) - L(0))² = ‖w‖^α exactly, also at
+    α = 2, where a landscape with such increments between any two points is a tilted plane, without a barrier.
+
+    Args:
+        alpha: 0 < alpha ≤ 2.
+        points: [..., N].
+        num_waves: that X is the sum of; given them it is exactly Gaussian.
+
+    Returns:
+        float64 [...].
+    """
+    _checked_alpha(alpha)
+    points = np.asarray(points, dtype=np.float64)
+    distances = np.linalg.norm(points, axis=-1, keepdims=True)
+    safe = np.where(distances > 0, distances, 1)
+    frequencies = TURNS * rng.normal(size=(points.shape[-1] + 1, num_waves))
+    real, imaginary = rng.normal(size=(2, num_waves)) / np.sqrt(num_waves)
+    phases = np.concatenate((np.log(safe), points / safe), axis=-1) @ frequencies
+    return distances[..., 0] ** (alpha / 2) * (np.cos(phases) @ real + np.sin(phases) @ imaginary)
+
+
+def polar_mesh(radius: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Radii 1 … radius, even in their logarithm, and angles of a mesh on which a self-similar landscape is smooth."""
+    spacing = 0.35 / TURNS
+    return np.exp(np.arange(0, np.log(radius), spacing)), np.linspace(
+        0, 2 * np.pi, int(2 * np.pi / spacing), endpoint=False
+    )
 
 
 def plane_waves(
@@ -208,9 +251,8 @@ def line_potential(alpha: float, radius: int, rng: np.random.Generator) -> NDArr
     It is fractional Brownian motion of Hurst exponent α/2, a plain random walk at α = 1; its increments are drawn by
     circulant embedding, which is exact (Davies and Harte 1987).
 
-    At α = 2 that would be a straight line, without a barrier. What is drawn there is the borderline as in `plane_waves`: waves
-    of a variance like k^-3, the longest of 8 · radius, so that E(L(x) - L(y))² ~ |x - y|² · log(8 · radius/|x - y|), 1 at
-    distance 1.
+    At α = 2 that would be a straight line, without a barrier: what is drawn there is `self_similar`, with these increments
+    from the start only.
 
     Args:
         alpha: 0 < alpha ≤ 2.
@@ -220,13 +262,7 @@ def line_potential(alpha: float, radius: int, rng: np.random.Generator) -> NDArr
     """
     _checked_alpha(alpha)
     if alpha == 2:
-        period = 8 * radius
-        numbers = 2 * np.pi / period * np.arange(1, period // 2 + 1)
-        sigma = numbers**-1.5
-        sigma /= np.sqrt(2 * np.sum(sigma**2 * (1 - np.cos(numbers))))
-        noise = rng.normal(size=(2, numbers.size))
-        coefficients = np.concatenate(([0], sigma * (noise[0] + 1j * noise[1])))
-        potential = np.fft.irfft(coefficients * period / 2, period)[: 2 * radius + 1]
+        potential = self_similar(alpha, np.arange(-radius, radius + 1)[:, None], rng)
     else:
         n = 2 * radius
         lags = np.arange(n + 1.0)
@@ -253,7 +289,7 @@ def walk_line(
     """
     potential = np.asarray(potential, dtype=np.float64)
     radius = potential.size // 2
-    right, left = _hops(potential, temperature, 1)
+    right, left = _hops(potential, temperature)
     # Lists, since a Python loop reads them several times faster than arrays. A uniform number below `go_left` goes left, one
     # of at least `stay` right.
     go_left, stay = np.append(0.0, left).tolist(), (1 - np.append(right, 0.0)).tolist()
@@ -360,72 +396,57 @@ def line_distances(
     return gained.reshape(to_both_sides).sum(axis=1) / (1 / t + kept.reshape(to_both_sides).sum(axis=1))
 
 
-def plane_distances(
-    potential: ArrayLike, updates: ArrayLike, *, temperature: float = 1.0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """E‖x‖ of walkers from the middle of a square, after a number of steps that is geometric with mean t; exact, to rounding.
+def valley_distances(
+    potential: ArrayLike, radii: ArrayLike, barriers: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Distances of walkers in a plane, from its first ring, as the temperature T goes to 0 while T log t is `barriers`.
 
-    As `line_distances`, with a whole row of sites in place of one: rows are folded from both edges inward, then the sites of
-    the middle row by GTH elimination (Grassmann, Taksar and Heyman 1985), again without a subtraction that could cancel.
+    Each valley's bottom is left in exp(barrier/T) steps, barrier what must be climbed to any lower site: in the limit surely
+    before t, or surely not. The plane is flooded from the start, lowest sites of the shore first, so that the water stands
+    at the least height over which each site is reached.
 
     Args:
-        potential: at the sites of a square, [2 · radius + 1, 2 · radius + 1].
-        updates: mean number of steps t, [points], 1 to e^660.
+        potential: on a polar mesh whose last axis is closed, [rings, angles]; the start is its first site.
+        radii: of the rings, [rings].
+        barriers: T log t, in units of the potential, [points].
 
     Returns:
-        Distances, and chances to stop at the square's edge (where they are not small, the square is too small), each float64
-        [points].
+        Radii of the walkers, float64, and whether they have come to the last ring by then (their radius is the one before
+        it), bool; each [points].
     """
-    t = _checked_updates(updates)
     potential = np.asarray(potential, dtype=np.float64)
-    radius = len(potential) // 2
-    coordinates = np.arange(-radius, radius + 1)
-    distance = np.hypot(*np.meshgrid(coordinates, coordinates, indexing="ij"))
-    edge = (np.abs(coordinates)[:, None] == radius) | (np.abs(coordinates) == radius)
-    goals = np.stack((distance, edge, np.ones_like(distance)), axis=-1)  # the last is the chance to stop at all
-    down, up = _hops(potential, temperature, 2)  # between rows
-    right, left = (hops.T for hops in _hops(potential.T, temperature, 2))  # within rows, [rows, columns - 1]
-    sides = ((down, up, range(2 * radius, radius, -1), 1), (up, down, range(radius), -1))
-    within = np.zeros((2 * radius + 1, 2 * radius + 1, 2 * radius + 1))
-    columns = np.arange(2 * radius)
-    within[:, columns, columns + 1], within[:, columns + 1, columns] = right, left
-    leaves = within.sum(axis=2)
-
-    result = np.empty((t.size, 2))
-    for i, s in enumerate(1 / t):
-        between, gained_in_middle = within[radius].copy(), s * goals[radius]
-        for out, back, rows, step in sides:
-            returns, gained, go_out = np.zeros_like(between), np.zeros((len(between), 3)), np.zeros((len(between), 1))
-            for y in rows:
-                # Hops between y and the row before it, as seen from the start, are those between the lower-numbered of them
-                # and the next.
-                go_back = back[min(y, y - step)][:, None]
-                system = -within[y] - go_out * returns
-                total = s + leaves[y][:, None] + go_back + go_out
-                system[np.diag_indices_from(system)] += total[:, 0]
-                solved = np.linalg.solve(system, np.hstack((np.diag(go_back[:, 0]), s * goals[y] + go_out * gained)))
-                returns, gained = solved[:, : len(between)].clip(0), solved[:, len(between) :]
-                go_out = out[min(y, y - step)][:, None]
-            between += go_out * returns
-            gained_in_middle = gained_in_middle + go_out * gained
-        result[i] = _eliminate(between, gained_in_middle, radius)
-    return result[:, 0], result[:, 1]
-
-
-def _eliminate(rates: NDArray, gained: NDArray, start: int) -> NDArray:
-    """Expected gains of a walker that hops at `rates` [sites, sites] until it stops, from site `start`.
-
-    Args:
-        gained: by site, the rate of stopping times the gain there, [sites, gains]; the last gain is 1, so that its column is
-            the rate of stopping.
-    """
-    order = np.r_[start, np.delete(np.arange(len(rates)), start)]
-    rates, gained = rates[np.ix_(order, order)], gained[order].copy()
-    for n in range(len(rates) - 1, 0, -1):
-        share = rates[:n, n] / (rates[n, :n].sum() + gained[n, -1])
-        rates[:n, :n] += np.outer(share, rates[n, :n])
-        gained[:n] += np.outer(share, gained[n])
-    return gained[0, :-1] / gained[0, -1]
+    rings, angles = potential.shape
+    heights = potential.ravel().tolist()
+    seen = bytearray(potential.size)
+    seen[0] = True
+    shore = [(heights[0], 0)]
+    bottom, level = 0, heights[0]
+    bottoms, climbed = [], []  # what must be climbed to go on from each bottom
+    while True:
+        height, site = heappop(shore)
+        level = max(level, height)
+        ring, angle = divmod(site, angles)
+        at_edge = ring == rings - 1
+        if height < heights[bottom] or at_edge:
+            bottoms.append(bottom)
+            climbed.append(level - heights[bottom])
+            bottom = site
+            level = height
+        if at_edge:
+            break
+        first = ring * angles
+        for next_site in (
+            site + angles,
+            max(site - angles, angle),
+            first + (angle + 1) % angles,
+            first + (angle - 1) % angles,
+        ):
+            if not seen[next_site]:
+                seen[next_site] = True
+                heappush(shore, (heights[next_site], next_site))
+    visited = np.searchsorted(np.maximum.accumulate(climbed), np.asarray(barriers), side="right")
+    of_bottoms = np.asarray(radii, dtype=np.float64)[np.array(bottoms) // angles]
+    return of_bottoms[np.minimum(visited, len(bottoms) - 1)], visited == len(bottoms)
 
 
 def _fold_arms(
@@ -440,7 +461,7 @@ def _fold_arms(
     longest = arms[0].size
     out, back = np.zeros((2, longest, len(arms)))
     for i, arm in enumerate(arms):
-        out[: arm.size - 1, i], back[: arm.size - 1, i] = _hops(arm, temperature, 1)
+        out[: arm.size - 1, i], back[: arm.size - 1, i] = _hops(arm, temperature)
     s = (1 / t)[:, None]
     kept, gained = np.zeros((2, t.size, len(arms)))
     # Arms that reach as far as r are the first ones, walks that do the last ones.
@@ -486,14 +507,13 @@ def _holding_radius(alpha: float, barrier: float, rngs: Sequence[np.random.Gener
             )
 
 
-def _hops(potential: NDArray, temperature: float, dimensions: int) -> tuple[NDArray, NDArray]:
-    """Chances of a step from i to i + 1 and from i + 1 to i, along the first axis, [sites - 1, …]."""
-    rise = np.diff(potential, axis=0) / temperature
+def _hops(potential: NDArray, temperature: float) -> tuple[NDArray, NDArray]:
+    """Chances of a step from site i of a line to i + 1 and from i + 1 to i, [sites - 1]."""
+    rise = np.diff(potential) / temperature
     # exp of what is negative only, so that nothing overflows.
     small = np.exp(-np.abs(rise))
     likely, unlikely = 1 / (1 + small), small / (1 + small)
-    forth, back = np.where(rise > 0, unlikely, likely), np.where(rise > 0, likely, unlikely)
-    return forth / (2 * dimensions), back / (2 * dimensions)
+    return np.where(rise > 0, unlikely, likely) / 2, np.where(rise > 0, likely, unlikely) / 2
 
 
 def _uniforms(updates: Sequence[int], rng: np.random.Generator) -> Iterator[NDArray[np.float64] | None]:
