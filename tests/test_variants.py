@@ -137,6 +137,38 @@ def test_every_twin_equals_its_original(name):
     hold_against_original(name)
 
 
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [name for name in FAMILIES if timm.is_model(name)])
+def test_a_batch_in_micro_batches_has_the_gradients_of_the_whole(name):
+    """On which it rests that a layout changes nothing (tests/test_distributed.py), for a sample of families, in float64.
+
+    What else draws lots is turned off: dropout, drop-path.
+    """
+    size, args = smallest_size(name)
+    whole = timm.create_model(f"{name}_gbn", ghost_batch_size=GHOST, **args).double().train()
+    for module in whole.modules():
+        for attribute in ("drop_prob", "drop_rate", "p"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    parts = copy.deepcopy(whole)
+    x = torch.randn(SAMPLES, whole.pretrained_cfg["input_size"][0], size, size, dtype=torch.float64)
+    sum(y.square().mean() for y in tensors_in(whole(x))).backward()
+    for ghost in x.split(GHOST):
+        sum(y.square().mean() for y in tensors_in(parts(ghost))).div(SAMPLES // GHOST).backward()
+    for (key, expected), parameter in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert (parameter.grad is None) == (expected.grad is None), key
+        if expected.grad is not None:
+            assert_near(parameter.grad, expected.grad, key)
+    for (key, expected), value in zip(whole.named_buffers(), parts.buffers(), strict=True):
+        assert_near(value, expected, key)
+
+
+def assert_near(ours: torch.Tensor, expected: torch.Tensor, key: str) -> None:
+    """To 1e-9 of the tensor's largest value, one of less than 1e-3 counting as that."""
+    largest = max(expected.abs().max().item(), 1e-3)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9 * largest, msg=lambda text: f"{key}: {text}")
+
+
 # The registry.
 
 
