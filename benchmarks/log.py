@@ -3,8 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.log --data-dir data
 
 Through `gbnzoo train`'s own trainer. A row is all that is done for one, but for the evaluation, which is a result and not its
-record; it is on the disk when it is done. Rows and updates are as many as the recipe makes of them. One thread, CPU time, in
-turns.
+record. Rows and updates are as many as the recipe makes of them. One thread, CPU time, in turns.
 """
 
 import contextlib
@@ -21,7 +20,12 @@ from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.recipe import load_recipe
 from gbnzoo.trainer import Trainer
 
-RUNS = (("recipes/mnist/mlp5_gbn.yaml", "gbn"), ("recipes/cifar10/resnet20_gbn_modern.yaml", "gbn"))
+RUNS = (  # recipe, rung, overrides: from many updates to few, and the shortest
+    ("recipes/mnist/mlp5_gbn.yaml", "gbn", []),
+    ("recipes/cifar10/resnet20_gbn_modern.yaml", "gbn", []),
+    ("recipes/mnist/mlp5_gbn_distance.yaml", "gbn", ["large.batch_size=4096"]),
+    ("recipes/digits/resnet8_thin_gbn.yaml", "lb", []),
+)
 
 
 def main(
@@ -32,12 +36,12 @@ def main(
     keep_freed_memory()
     print(setting())
     print("\n| run | update, ms | row, ms | updates | rows | share of the run, % |\n|---|---|---|---|---|---|")
-    for path, rung in RUNS:
-        measure(path, rung, data_dir, rounds)
+    for path, rung, overrides in RUNS:
+        measure(path, rung, overrides, data_dir, rounds)
 
 
-def measure(path: str, rung: str, data_dir: Path | None, rounds: int) -> None:
-    recipe = load_recipe(path, rung=rung)
+def measure(path: str, rung: str, overrides: list[str], data_dir: Path | None, rounds: int) -> None:
+    recipe = load_recipe(path, overrides, rung=rung)
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
         trainer = Trainer(
             recipe,

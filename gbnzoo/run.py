@@ -160,7 +160,10 @@ class Run:
         return self._rows("layers.csv", LAYER_COLUMNS)
 
     def log(self, row: Mapping[str, Any], layers: Mapping[str, float] | None = None) -> None:
-        """Append one row, and one to layers.csv for each layer; they are on the disk before this returns.
+        """Append one row, and one to layers.csv for each layer.
+
+        Killing the process loses none of them; a machine that fails loses none before the last checkpoint, and what comes after
+        that is done and written again.
 
         Args:
             row: cells by column.
@@ -198,8 +201,14 @@ class Run:
             self._write(path, _as_csv([], columns))
         with self._naming_failure(path), open(path, "ab") as file:
             file.write(_as_csv(rows, columns).split(b"\n", 1)[1])
-            file.flush()
-            os.fsync(file.fileno())
+
+    def _sync_log(self) -> None:
+        """Put what was logged on the disk."""
+        for name in ("log.csv", "layers.csv"):
+            path = self.folder / name
+            if path.exists():
+                with self._naming_failure(path), open(path, "ab") as file:
+                    os.fsync(file.fileno())
 
     def finished(self) -> tuple[Checkpoint, dict[str, str]]:
         """The last checkpoint and the log's row for it.
@@ -264,6 +273,7 @@ class Run:
         content = _pack(checkpoint)
         digest = hashlib.sha256(content).hexdigest()[:16]
         path = self.folder / "checkpoints" / f"update{checkpoint.update:09d}.{digest}.safetensors"
+        self._sync_log()
         self._write(path, content)
         files = self._checkpoint_files()
         at = files.index(path)

@@ -382,9 +382,11 @@ class Trainer:
     @torch.no_grad()
     def _weight_distances(self) -> tuple[dict[str, float], dict[str, float]]:
         """‖w_t − w_0‖ by column of log.csv, and by layer."""
-        squares = torch.stack(
-            [(p - w).double().square().sum() for p, w in zip(self.parameters, self.initial, strict=True)]
-        ).tolist()
+        norms = [
+            torch.linalg.vector_norm(p - w, dtype=torch.float64)
+            for p, w in zip(self.parameters, self.initial, strict=True)
+        ]
+        squares = torch.stack(norms).square().tolist()
         layers: dict[str, float] = {}
         for layer, square in zip(self.layers, squares, strict=True):
             layers[layer] = layers.get(layer, 0.0) + square
