@@ -245,7 +245,9 @@ def diagnose_command(
     out: Annotated[Path | None, typer.Option(help="folder for the results; else diagnosis/<name>")] = None,
     only: Annotated[str, typer.Option(help="which of these")] = ",".join(PARTS),
     samples: Annotated[int, typer.Option(min=1, help="training images that the loss is the mean over")] = 2048,
-    ghosts: Annotated[int, typer.Option(min=3, help="for the noise scale")] = 64,
+    ghosts: Annotated[
+        int | None, typer.Option(min=3, help="for the noise scale  [default: 64, or as many as there are images for]")
+    ] = None,
     ghost_batch_size: Annotated[int | None, typer.Option(min=1, help="samples of one; by default the recipe's")] = None,
     statistics: Annotated[
         Literal["running", "ghosts"], typer.Option(help="that BatchNorm takes, but for the noise scale")

@@ -231,7 +231,7 @@ def diagnose(
     *,
     only: Sequence[str] = PARTS,
     samples: int = 2048,
-    ghosts: int = 64,
+    ghosts: int | None = None,
     ghost_batch_size: int | None = None,
     statistics: Statistics = "running",
     eigenvalues: int = 3,
@@ -254,7 +254,7 @@ def diagnose(
     Args:
         only: which of PARTS.
         samples: training images that the loss is the mean over, for all but the noise scale.
-        ghosts: for the noise scale, at least 3.
+        ghosts: for the noise scale, at least 3; None is 64, or as many as there are training images for.
         ghost_batch_size: samples of a ghost; None is the recipe's, or 32.
         statistics: that BatchNorm normalises by, except for the noise scale.
         eigenvalues: how many of the Hessian's largest.
@@ -281,6 +281,12 @@ def diagnose(
         raise ValueError(f"--samples {samples} makes no whole ghosts of {size}; wanted {fits}, or --ghost-batch-size")
     if samples > len(subject.train_set):
         raise ValueError(f"--samples {samples} of {len(subject.train_set):,} training images; wanted at most so many")
+    ghosts = ghosts or min(64, len(subject.train_set) // size)
+    if "noise_scale" in only and ghosts * size > len(subject.train_set):
+        raise ValueError(
+            f"--ghosts {ghosts} of {size} are {ghosts * size:,} samples of {len(subject.train_set):,} training images; wanted"
+            f" at most {len(subject.train_set) // size} of {size}, since an image that is drawn twice is no new sample"
+        )
 
     images = subject.train_set.to(where)
     # Every batch is then one ghost, whatever the layers were built with.
@@ -472,10 +478,15 @@ def as_text(diagnosis: Diagnosis) -> str:
         add("sharpness, subspace", diagnosis.sharpness_subspace.percent, remark)
     if potential := diagnosis.potential:
         near, far = potential.distances[[0, -1]]
-        add("α", potential.alpha, f"distances {near:.3g} to {far:.3g}, {len(potential.differences)} directions")
+        # What the intervals held on landscapes of known α: LOG.md.
+        add(
+            "α of the deviation",
+            potential.alpha_of_std,
+            f"distances {near:.3g} to {far:.3g}, {len(potential.differences)} directions; held a known α at 17 of 20 points",
+        )
+        add("α", potential.alpha, "of this point; held a known α at 13 of 20")
         add("α, nearer half", potential.alpha_near)
         add("α, farther half", potential.alpha_far)
-        add("α of the deviation", potential.alpha_of_std)
     at = f", update {diagnosis.update:,}" if diagnosis.update is not None else ""
     by = {"running": "its running statistics", "ghosts": f"ghosts of {settings['ghost_batch_size']}"}
     head = (

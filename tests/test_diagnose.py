@@ -170,6 +170,7 @@ def test_ghosts_statistics_are_each_ghosts_own(tmp_path, data_dir):
         (("--only", "hessian,sharpnes"), "'sharpnes' is none of noise_scale, hessian, sharpness, potential"),
         (("--samples", 41), "--samples 41 of 40 training images"),
         (("--samples", 38, "--statistics", "ghosts"), "makes no whole ghosts of 4; wanted 36 or 40"),
+        (("--ghosts", 11), "--ghosts 11 of 4 are 44 samples of 40 training images; wanted at most 10 of 4"),
         (("--distance", 1e9, "--only", "potential"), "not finite at distance"),
         (("--device", "nowhere"), "--device nowhere: cannot be used here"),
         (("--data", "nothing"), "nothing"),

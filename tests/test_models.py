@@ -410,3 +410,21 @@ def test_resnet9_is_pages():
 )
 def test_initial_weights_are_the_sources(name, weight, std):
     assert create(name).get_parameter(weight).std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_zeros_are_a_saddle_point():
+    """Only the last bias has a gradient; the least noise on the weights gives all of them one."""
+    model = timm.create_model("mlp5_gbn", ghost_batch_size=8, weight_init="zeros")
+    images, labels = torch.randn(16, 1, 28, 28), torch.arange(16) % 3
+
+    def moved():
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        return {name for name, parameter in model.named_parameters() if parameter.grad.any()}
+
+    assert moved() == {"head.fc.bias"}
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
+    assert {f"layers.{i}.0.weight" for i in range(5)} | {"head.fc.weight"} <= moved()
+    with pytest.raises(ValueError, match="weight_init 'jax'; wanted '' or 'zeros'"):
+        timm.create_model("mlp5_gbn", weight_init="jax")

@@ -1,5 +1,5 @@
 """The fully connected network F1 of Keskar et al. 2016 (arXiv 1609.04836), as in the code of Hoffer et al. 2017
-(arXiv 1705.08741). All weights start as torch's."""
+(arXiv 1705.08741). All weights start as torch's, unless asked for zeros."""
 
 import math
 from functools import partial
@@ -25,6 +25,11 @@ class Mlp(Classifier):
         num_classes, in_chans, drop_rate: as in timm.
         global_pool: "" only; no map is left to pool.
         ghost_batch_size: samples normalised together in training; None for the whole batch.
+        weight_init: "" for torch's own; "zeros" sets all weights of linear layers to 0, a saddle point: nothing but the last
+            bias has a gradient there, and descent never leaves it without noise.
+
+    Raises:
+        ValueError: for another weight_init.
     """
 
     pools = False
@@ -39,8 +44,11 @@ class Mlp(Classifier):
         global_pool: str = "",
         drop_rate: float = 0.0,
         ghost_batch_size: int | None = None,
+        weight_init: str = "",
     ):
         super().__init__()
+        if weight_init not in ("", "zeros"):
+            raise ValueError(f"weight_init {weight_init!r}; wanted '' or 'zeros'")
         norm_layer = partial(GhostBatchNorm1d, ghost_batch_size=ghost_batch_size)
         img_size = to_2tuple(img_size)
         self.in_chans = in_chans
@@ -52,6 +60,10 @@ class Mlp(Classifier):
             layers.append(nn.Sequential(nn.Linear(ins, outs), norm_layer(outs), nn.ReLU(inplace=True)))
         self.layers = nn.Sequential(*layers)
         self.init_head(width, num_classes, global_pool, drop_rate)
+        if weight_init == "zeros":
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.weight)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
