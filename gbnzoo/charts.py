@@ -8,14 +8,14 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gbnzoo.card import LadderRow, spread
-from gbnzoo.diffusion import Fit, best_law, fit_laws
+from gbnzoo.diffusion import Fit, best_laws, fit_laws
 from gbnzoo.records import Record
 from gbnzoo.regime import RUNGS
 
@@ -85,17 +85,22 @@ class Chart:
 
     def csv(self) -> str:
         """Its data; numbers with all their digits, an empty cell for what was not measured."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(self.rows)
-        return text.getvalue()
+        return csv_text(self.columns, self.rows)
 
     def png(self, theme: Theme = LIGHT, metadata: Mapping[str, str] | None = None) -> bytes:
         """The drawing as a file's content; `metadata` are texts that PNG keeps beside it."""
         content = io.BytesIO()
         self.draw(theme).savefig(content, format="png", facecolor=theme.background, metadata=metadata)
         return content.getvalue()
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 # ---- which runs are drawn as one
@@ -155,7 +160,7 @@ def curve_charts(records: Sequence[Record]) -> list[Chart]:
 def _curves(records: Sequence[Record], x: str) -> Chart:
     series = by_series(records)
     short, axis = _AXES[x]
-    scale, unit = _time_unit(records) if x == "train_seconds" else (1.0, "")
+    scale, unit, digits = (*_time_unit(records), 1) if x == "train_seconds" else (1.0, "", 0)
     rows = tuple(
         (label, record.recipe.seed, *(row.get(key) for key in (x, "train_loss", "eval_loss", "top1_percent")))
         for label, group in series.items()
@@ -169,38 +174,41 @@ def _curves(records: Sequence[Record], x: str) -> Chart:
         figure = _figure(theme, HEIGHT + 1.6, len(series))
         losses, scores = figure.subplots(2, sharex=True)
         for style, (label, group) in zip(_styles(theme), series.items(), strict=False):
-            for k, record in enumerate(group):
-                name = label if k == 0 else None
-                for axes, y, extra in (
-                    (losses, "train_loss", {"label": name}),
-                    (losses, "eval_loss", {"alpha": 0.55, "marker": "."}),
-                    (scores, "top1_percent", {"marker": "."}),
+            line, _ = _parts(style)
+            losses.plot([], [], **style, linewidth=1.0, label=label)
+            for record in group:
+                for axes, y, look in (
+                    (losses, "train_loss", line),
+                    (losses, "eval_loss", {**style, "alpha": 0.55}),
+                    (scores, "top1_percent", style),
                 ):
                     points = record.points(x, y)
-                    axes.plot(
-                        [a / scale for a, _ in points], [b for _, b in points], **style, linewidth=1.0, markersize=3
-                    )[0].set(**{key: value for key, value in extra.items() if value})
+                    axes.plot([a / scale for a, _ in points], [b for _, b in points], **look, linewidth=1.0)
         losses.set_xscale("log")
         losses.set_yscale("log")
         losses.set_ylabel(f"loss (dots: {splits} split)")
         scores.set_ylabel(f"top-1, {splits} split (%)")
-        scores.set_xlabel(axis + (f" ({unit})" if unit else ""))
+        scores.set_xlabel(axis + (f" ({unit})" if x == "train_seconds" else ""))
         for axes in (losses, scores):
             _plain(axes, theme)
         _legend(figure, losses, theme)
         return figure
 
+    unit = unit or axis.removesuffix(" seen")
+
+    def latest(record: Record) -> float | None:
+        points = record.points(x, "top1_percent") or record.points(x, "train_loss")
+        return points[-1][0] / scale if points else None
+
     ends = "; ".join(
-        f"{label}: {_mean([r.top1_percent for r in group])} after {_mean([r.updates for r in group], 0)} updates"
+        f"{label}: {_mean([r.top1_percent for r in group])} after {_mean(list(map(latest, group)), digits)} {unit}"
         for label, group in series.items()
     )
-    # Told once, with the first of the three charts.
-    told = f" Latest top-1 in %, mean over seeds: {ends}." if x == "update" else ""
     return Chart(
         f"curves_by_{short}",
         f"Losses and top-1 against {axis}",
         f"Above, training loss (lines; the mean since the row before) and loss on the {splits} split (dots); below, top-1"
-        f" there; against {axis}, on a logarithmic axis; a line for each seed.{told}",
+        f" there; against {axis}, on a logarithmic axis; a line for each seed. Latest top-1 in %, mean over seeds: {ends}.",
         ("run", "seed", x, "train_loss", "eval_loss", "top1_percent"),
         rows,
         draw,
@@ -227,20 +235,22 @@ class FittedRun:
     fits: Mapping[str, Fit]
 
     @property
-    def best(self) -> Fit:
-        return best_law(self.fits)
+    def best(self) -> list[str]:
+        """The law that BIC chooses; more where they tie."""
+        return best_laws(self.fits)
 
 
-FITTED_DECADES = 2
+WALK_BEGINS = 30
+"""Update before which no law is fitted. At first the weights run straight down: momentum of 0.9 keeps a gradient for some 10
+updates, and of 14 runs of F1 at batches of 64 to 4096 (docs/weight_distance) all go like t to update 10, and one still faster
+than √t, as no walk does, to update 32; from there on each goes like t^0.45 or slower. The same update for all batch sizes, for
+the paper's law is of updates."""
 
 
 def fitted_points(record: Record) -> list[tuple[float, float]]:
-    """What the laws are fitted to: the last two decades of updates in the first phase, in which the rate is high.
-
-    The paper's law is of that phase; where it begins, the weights run straight down, and no law of a walk holds.
-    """
+    """What the laws are fitted to: the phase in which the rate is high, of which the paper's law is, from `WALK_BEGINS` on."""
     first, last = record.high_rate_phase()
-    start = max(first, last / 10**FITTED_DECADES)
+    start = max(first, WALK_BEGINS)
     return [(t, d) for t, d in record.points("update", "weight_distance") if start <= t <= last]
 
 
@@ -260,19 +270,20 @@ def fit_runs(records: Sequence[Record]) -> list[FittedRun]:
 
 
 def distance_chart(records: Sequence[Record], fitted: Sequence[FittedRun]) -> Chart | None:
-    """Weight distance against log t, with the law of the logarithm over the updates it was fitted to."""
+    """Weight distance against log t, with the laws log t and t^p over the updates they were fitted to."""
     records = [record for record in records if record.points("update", "weight_distance")]
     if not records:
         return None
     series = by_series(records)
     fit_of = {(fit.label, fit.seed): fit for fit in fitted}
 
-    def law(label: str, record: Record, t: float) -> float | None:
+    def laws(label: str, record: Record, t: float) -> list[float | None]:
         fit = fit_of.get((label, record.recipe.seed))
-        return float(fit.fits["log"](t)) if fit and fit.first <= t <= fit.last else None
+        inside = fit and fit.first <= t <= fit.last
+        return [float(fit.fits[law](t)) if inside else None for law in ("log", "power")]
 
     rows = tuple(
-        (label, record.recipe.seed, int(t), distance, law(label, record, t))
+        (label, record.recipe.seed, int(t), distance, *laws(label, record, t))
         for label, group in series.items()
         for record in group
         for t, distance in record.points("update", "weight_distance")
@@ -282,13 +293,14 @@ def distance_chart(records: Sequence[Record], fitted: Sequence[FittedRun]) -> Ch
         figure = _figure(theme, HEIGHT + 0.6, len(series))
         axes = figure.subplots()
         for style, (label, group) in zip(_styles(theme), series.items(), strict=False):
+            line, dots = _parts(style)
+            axes.plot([], [], **style, linewidth=1.4, label=label)
             for record in group:
                 mine = [row for row in rows if row[:2] == (label, record.recipe.seed)]
-                name = label if record is group[0] else None
-                dots = {"marker": "o", "markersize": 2.6, "linestyle": "none", "color": style["color"]}
                 axes.plot([r[2] for r in mine], [r[3] for r in mine], **dots, alpha=0.7)
                 on_law = [r for r in mine if r[4] is not None]
-                axes.plot([r[2] for r in on_law], [r[4] for r in on_law], **style, linewidth=1.4, label=name)
+                axes.plot([r[2] for r in on_law], [r[4] for r in on_law], **line, linewidth=1.4)
+                axes.plot([r[2] for r in on_law], [r[5] for r in on_law], color=style["color"], linewidth=0.6)
         axes.set_xscale("log")
         axes.set_xlabel("updates t")
         axes.set_ylabel("‖w_t − w_0‖")
@@ -304,10 +316,10 @@ def distance_chart(records: Sequence[Record], fitted: Sequence[FittedRun]) -> Ch
         "weight_distance",
         "Distance of the weights from where they started",
         "Dots: distance of all weights from the initial ones, against updates on a logarithmic axis, on which the paper's law"
-        f" a + b · log t is a straight line. Lines: that law, fitted to the last {FITTED_DECADES} decades of the updates made"
-        " at no less than half the highest rate. Distance at the last logged update, mean over seeds: "
-        f"{'; '.join(ends)}.",
-        ("run", "seed", "update", "weight_distance", "log_law"),
+        f" a + b · log t is a straight line. Straight lines: that law, fitted from update {WALK_BEGINS} on to the updates made"
+        " at no less than half the highest rate; thin curves: a + b · t^p, fitted to the same. Distance at the last logged"
+        f" update, mean over seeds: {'; '.join(ends)}.",
+        ("run", "seed", "update", "weight_distance", "log_law", "power_law"),
         rows,
         draw,
     )
@@ -672,9 +684,17 @@ def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
 
 
 def _styles(theme: Theme) -> Iterator[dict[str, Any]]:
-    """A colour and a line for each series, without end."""
-    for line in itertools.cycle(("-", "--", ":", "-.")):
-        yield from ({"color": colour, "linestyle": line} for colour in theme.series)
+    """Colour, line and marker for each series, without end; the first 112 differ, the first 28 in colour or in both others."""
+    lines, markers = ("-", "--", ":", "-."), ("o", "^", "s", "x")
+    for k in itertools.count():
+        line, marker = lines[k % 4], markers[(k + k // 4) % 4]
+        for colour in theme.series:
+            yield {"color": colour, "linestyle": line, "marker": marker, "markersize": 2.8}
+
+
+def _parts(style: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A style's line without markers, and its markers without a line."""
+    return {**style, "marker": "none"}, {**style, "linestyle": "none", "markeredgewidth": 0.8}
 
 
 def _ramp(theme: Theme, number: int) -> list[tuple[float, ...]]:

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 Law = Literal["log", "sqrt", "power"]
 
 MIN_POINTS = 5
+# Kass and Raftery 1995: a smaller difference of BIC is "not worth more than a bare mention".
+TIE = 2
 # t^p goes over into log t as p goes to 0: nearer than this no data tells the two apart, and the coefficients blow up.
 EXPONENTS_OF_POWER = (0.005, 2.0)
 
@@ -108,6 +110,12 @@ def fit_laws(updates: ArrayLike, distances: ArrayLike) -> dict[str, Fit]:
 def best_law(fits: Mapping[str, Fit]) -> Fit:
     """The fit of the least BIC."""
     return min(fits.values(), key=lambda fit: fit.bic)
+
+
+def best_laws(fits: Mapping[str, Fit]) -> list[str]:
+    """The law of the least BIC, and those that tie with it: whose BIC is above the least by less than `TIE`."""
+    least = best_law(fits).bic
+    return [law for law, fit in fits.items() if fit.bic - least < TIE]
 
 
 @dataclass(frozen=True)

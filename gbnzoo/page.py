@@ -15,11 +15,21 @@ from gbnzoo.charts import DARK, DPI, LIGHT, Chart
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; columns of numbers stand to the right."""
+    """A table of text; columns of numbers stand to the right.
+
+    Args:
+        caption: above it.
+        columns: their names.
+        rows: cells.
+        name: stem of the file of its data, where there is one.
+        data: content of that file, CSV with all the digits.
+    """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    name: str = ""
+    data: str = ""
 
     @property
     def numeric(self) -> tuple[bool, ...]:
@@ -28,6 +38,11 @@ class Table:
             all(not row[k] or row[k][0].isdigit() or row[k][0] in "−-–" for row in self.rows)
             for k in range(len(self.columns))
         )
+
+    @property
+    def encoded(self) -> str:
+        """Its data in base64."""
+        return base64.b64encode(self.data.encode()).decode()
 
 
 @dataclass(frozen=True)
@@ -55,13 +70,15 @@ class _Picture:
 
 
 def write_page(folder: str | Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write `index.html` and, for each chart, `NAME.png`, `NAME-dark.png` and `NAME.csv`; returns the page.
+    """Write `index.html`, `NAME.png`, `NAME-dark.png` and `NAME.csv` of each chart, `NAME.csv` of tables; returns the page.
 
     Files of the folder that are not of this page are left alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {chart.name: _picture(chart, folder) for section in sections for chart in section.charts}
+    for table in (table for section in sections for table in section.tables if table.name):
+        (folder / f"{table.name}.csv").write_text(table.data, encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("gbnzoo", "."),
         autoescape=True,

@@ -3,17 +3,20 @@
 import itertools
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gbnzoo.card import LadderRow, group_by_rung, ladder_of, ladder_table
 from gbnzoo.charts import (
-    FITTED_DECADES,
+    WALK_BEGINS,
+    Cell,
     FittedRun,
     GhostSize,
     by_series,
     collapse_charts,
+    csv_text,
     curve_charts,
     distance_chart,
     fit_runs,
@@ -21,6 +24,7 @@ from gbnzoo.charts import (
     ladder_chart,
     layer_charts,
 )
+from gbnzoo.diffusion import EXPONENTS_OF_POWER, TIE
 from gbnzoo.page import Section, Table, write_page
 from gbnzoo.recipe import RecipeError, load_recipe
 from gbnzoo.records import Record, read_record, without_repeats
@@ -164,6 +168,12 @@ def write_report(records: Sequence[Record], rows: Sequence[Mapping[str, str]], o
 
 
 # ---- the page's parts
+
+FITS_COLUMNS = (
+    *("run", "seed", "first_update", "last_update", "points", "log_intercept", "log_slope"),
+    *("r2_log", "r2_sqrt", "r2_power", "power_exponent", "bic_log", "bic_sqrt", "bic_power", "best"),
+)
+"""Of fits.csv, the laws of `gbnzoo.diffusion` fitted to each run; `best` names all that tie."""
 
 
 def _runs(records: Sequence[Record]) -> Section:
@@ -311,15 +321,17 @@ def _law(records: Sequence[Record], fitted: Sequence[FittedRun]) -> Section:
     chart = distance_chart(records, fitted)
     if not chart:
         return Section("distance", "The walk of the weights")
-    wins = {law: sum(fit.best.law == law for fit in fitted) for law in ("log", "sqrt", "power")}
-    names = {"log": "log t", "sqrt": "√t", "power": "t^p"}
+    alone = {name: sum(fit.best == [law] for fit in fitted) for law, name in _LAWS.items()}
+    ties = Counter(" and ".join(_LAWS[law] for law in fit.best) for fit in fitted if len(fit.best) > 1)
     text = (
         "The paper finds that weights walk away from where they started like log t, as on a random potential. Fitted to"
-        f" the last {FITTED_DECADES} decades of updates made at no less than half the highest rate, and judged by BIC, which"
-        " charges t^p for its exponent; a difference above 10 is very strong, but a run's points are not independent."
+        f" the updates made at no less than half the highest rate, from update {WALK_BEGINS} on, before which weights run"
+        f" straight down, and judged by BIC, which charges t^p for its exponent. A difference below {TIE} is a tie, one above"
+        " 10 very strong, but a run's points are not independent."
     )
     if fitted:
-        text += f" Least BIC: {', '.join(f'{names[law]} in {n}' for law, n in wins.items())} of {len(fitted)} runs."
+        text += f" Least BIC: {', '.join(f'{name} in {n}' for name, n in alone.items())} of {len(fitted)} runs"
+        text += "".join(f", {laws} tie in {n}" for laws, n in ties.items()) + "."
     return Section(
         "distance",
         "The walk of the weights",
@@ -329,11 +341,14 @@ def _law(records: Sequence[Record], fitted: Sequence[FittedRun]) -> Section:
     )
 
 
-def _fits_table(fitted: Sequence[FittedRun]) -> Table:
-    names = {"log": "log t", "sqrt": "√t", "power": "t^p"}
+_LAWS = {"log": "log t", "sqrt": "√t", "power": "t^p"}
 
+
+def _fits_table(fitted: Sequence[FittedRun]) -> Table:
     def cells(run: FittedRun) -> tuple[str, ...]:
-        log, sqrt, power = (run.fits[law] for law in names)
+        log, sqrt, power = (run.fits[law] for law in _LAWS)
+        least = min(fit.bic for fit in run.fits.values())
+        is_at_the_end = abs(power.exponent) > 0.999 * EXPONENTS_OF_POWER[1]
         return (
             run.label,
             str(run.seed),
@@ -342,13 +357,24 @@ def _fits_table(fitted: Sequence[FittedRun]) -> Table:
             f"{log.r2:.4f}",
             f"{sqrt.r2:.4f}",
             f"{power.r2:.4f}",
-            f"{power.exponent:.3f}".replace("-", "−"),
-            *(f"{run.fits[law].bic - run.best.bic:.1f}" for law in names),
-            names[run.best.law],
+            f"{power.exponent:.3f}".replace("-", "−") + (", end of the search" if is_at_the_end else ""),
+            *(f"{run.fits[law].bic - least:.1f}" for law in _LAWS),
+            " = ".join(_LAWS[law] for law in run.best),
+        )
+
+    def data(run: FittedRun) -> tuple[Cell, ...]:
+        fits = [run.fits[law] for law in _LAWS]
+        return (
+            *(run.label, run.seed, run.first, run.last, run.points, run.fits["log"].intercept, run.fits["log"].slope),
+            *(fit.r2 for fit in fits),
+            run.fits["power"].exponent,
+            *(fit.bic for fit in fits),
+            " = ".join(run.best),
         )
 
     return Table(
-        "Laws of the distance: ‖w_t − w_0‖ = a + b · log t against its rivals. ΔBIC is above the best, 0 for the best itself.",
+        "Laws of the distance: ‖w_t − w_0‖ = a + b · log t against its rivals. ΔBIC is above the best, 0 for the best itself;"
+        f" laws less than {TIE} apart tie (=).",
         (
             "run",
             "seed",
@@ -364,6 +390,8 @@ def _fits_table(fitted: Sequence[FittedRun]) -> Table:
             "best",
         ),
         tuple(map(cells, fitted)),
+        name="fits",
+        data=csv_text(FITS_COLUMNS, map(data, fitted)),
     )
 
 

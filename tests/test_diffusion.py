@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gbnzoo.diffusion import best_law, fit_laws, fit_log_power
+from gbnzoo.diffusion import Fit, best_law, best_laws, fit_laws, fit_log_power
 
 UPDATES = np.unique(np.round(np.geomspace(1, 1e5, 60)))
 PLANTED = {
@@ -27,6 +27,15 @@ def test_a_planted_law_is_found_under_noise(planted):
     if planted in ("log", "sqrt"):
         rival = fits[{"log": "sqrt", "sqrt": "log"}[planted]]
         assert rival.bic > best.bic + 50
+
+
+def test_a_difference_below_two_is_a_tie():
+    def best(**bics):
+        return best_laws({law: Fit(law, 0, 1, None, 1, bic) for law, bic in bics.items()})
+
+    assert best(log=-50, sqrt=-51.9, power=-49.9) == ["log", "sqrt"]
+    assert best(log=-50, sqrt=-52, power=-51) == ["sqrt", "power"]
+    assert best(log=0, sqrt=5, power=2) == ["log"]
 
 
 def test_without_noise_the_coefficients_are_the_planted_ones():

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "collection": {"card", "recipe", "weights"},
     "publish": {"models", "recipe", "run", "card", "collection", "pretrained", "weights"},
     "upload": {"card", "pretrained", "weights"},
-    "report": {"card", "charts", "page", "recipe", "records", "regime", "run"},
+    "report": {"card", "charts", "diffusion", "page", "recipe", "records", "regime", "run"},
     "watch": {"run"},
     "subject": {"data", "image_files", "models", "pretrained", "publish", "recipe", "run", "trainer", "weights"},
     "diagnose": {"card", "data", "diagnostics", "image_files", "norm", "pretrained", "publish"}

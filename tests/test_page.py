@@ -94,7 +94,8 @@ def test_every_figure_has_words_its_data_and_both_its_pictures(page, folder):
     images, darks = page.all("img"), page.all("source")
     data = {a["download"]: a["href"] for a in page.all("a") if "download" in a}
     captions = {caption["id"] for caption in page.all("figcaption")}
-    assert len(images) == len(darks) == len(figures) == len(data)
+    assert len(images) == len(darks) == len(figures)
+    assert data.keys() == {f"{figure['id'].removeprefix('chart_')}.csv" for figure in figures} | {"fits.csv"}
 
     def content(uri):
         return base64.b64decode(uri.partition("base64,")[2])

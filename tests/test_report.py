@@ -4,6 +4,7 @@ import csv
 import math
 import statistics
 
+import numpy as np
 import PIL.Image
 import pytest
 from logged_run import BASE, logged_run
@@ -167,20 +168,43 @@ def test_the_law_of_a_walk_is_found_and_can_lose(tmp_path):
     logarithm, root = fit_runs(records)
     assert logarithm.fits["log"].slope == pytest.approx(2)
     assert logarithm.fits["log"].r2 == pytest.approx(1)
-    assert logarithm.best.law == "log"
-    assert root.best.law == "sqrt"
-    # The last two decades of 1000 updates begin at 10.
-    assert (logarithm.first, logarithm.last) == (10, 1000)
+    assert logarithm.best == ["log"]
+    assert root.best == ["sqrt"]
+    # The first update logged after 30, up to which weights run straight down.
+    assert (logarithm.first, logarithm.last) == (32, 1000)
     rows = [row for row in distance_chart(records, [logarithm, root]).rows if row[1] == 0 and row[4] is not None]
-    assert [row[2] for row in rows][:2] == [10, 13]
+    assert [row[2] for row in rows][:2] == [32, 42]
     assert all(row[3] == pytest.approx(row[4]) for row in rows)
+
+
+def test_the_laws_that_were_fitted_are_a_file_too(tmp_path, undrawn):
+    walks = (lambda t: log_t(t) + 0.05 * math.sin(t), lambda t: 1 + 0.5 * math.sqrt(t) + 0.05 * math.sin(t))
+    runs = [logged_run(tmp_path / "runs", walk, rung="sb", seed=seed) for seed, walk in enumerate(walks)]
+    page = write_report(read_runs(runs), [], tmp_path / "report").read_text()
+    rows = read_csv(tmp_path / "report" / "fits.csv")
+    for row, run in zip(rows, runs, strict=True):
+        t, d = np.array(
+            [
+                (float(x["update"]), float(x["weight_distance"]))
+                for x in read_csv(run / "log.csv")
+                if int(x["update"]) > 30
+            ]
+        ).T
+        slope, intercept = np.polyfit(np.log(t), d, 1)
+        assert (float(row["log_slope"]), float(row["log_intercept"])) == pytest.approx((slope, intercept))
+        assert float(row["r2_log"]) == pytest.approx(np.corrcoef(np.log(t), d)[0, 1] ** 2)
+        assert float(row["r2_sqrt"]) == pytest.approx(np.corrcoef(np.sqrt(t), d)[0, 1] ** 2)
+        assert (int(row["first_update"]), int(row["last_update"]), int(row["points"])) == (32, 1000, len(t))
+    assert float(rows[1]["power_exponent"]) == pytest.approx(0.5, abs=0.05)
+    assert (rows[0]["best"], rows[1]["best"]) == ("log", "sqrt")
+    assert "Least BIC: log t in 1, √t in 1, t^p in 0 of 2 runs." in page
 
 
 def test_the_law_is_fitted_where_the_rate_is_high(tmp_path):
     # Half of 100 epochs of 10 updates: the rate falls at update 500.
     base = BASE | {"milestones": [50], "lr_decay": 0.1}
     (fit,) = fit_runs(read_runs([logged_run(tmp_path, lambda t: log_t(min(t, 450)), rung="sb", base=base)]))
-    assert (fit.first, fit.last) == (6, 422)
+    assert (fit.first, fit.last) == (32, 422)
     assert fit.fits["log"].r2 == pytest.approx(1)
 
 
