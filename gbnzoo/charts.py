@@ -109,18 +109,15 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 def by_series(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Runs that differ in their seed alone, by what tells them from the others here; in the ladder's order."""
 
-    def ladder(record: Record) -> str:
-        return record.name.removesuffix(f"_{record.recipe.rung}{record.regime.batch_size}")
-
     def science(record: Record) -> str:
         return record.recipe.model_copy(update={"seed": 0}).to_yaml()
 
     def place(record: Record) -> tuple:
         regime = record.regime
         rung = list(RUNGS).index(record.recipe.rung)
-        return ladder(record), rung, regime.batch_size, regime.ghost_batch_size, science(record), record.recipe.seed
+        return record.ladder, rung, regime.batch_size, regime.ghost_batch_size, science(record), record.recipe.seed
 
-    several_ladders = len({ladder(record) for record in records}) > 1
+    several_ladders = len({record.ladder for record in records}) > 1
     several_networks = len({record.recipe.model.name for record in records}) > 1
     groups = [list(group) for _, group in itertools.groupby(sorted(records, key=place), key=lambda r: place(r)[:-1])]
     ghosts: dict[str, set[int]] = {}
@@ -380,8 +377,9 @@ def collapse_charts(records: Sequence[Record]) -> list[Chart]:
     """Weight distance of all batch sizes, before and after the adapted rate and ghosts: pairs of charts.
 
     A run is in the first of a pair where its whole batch is one ghost and its rate is the base regime's, in the second where
-    its ghosts are those of the recipe and its rate is scaled with the batch; where the batch is the base regime's, it is in
-    both. Only the phase of the high rate is drawn. A pair needs two batch sizes on either side, of the same base regime.
+    its ghosts are those of the recipe, its rate is scaled with the batch and its gradient norm clipped, where the recipe says
+    so. The base regime itself, whose gradients are not clipped, stands in the second only where its batch has no such run.
+    Only the phase of the high rate is drawn. A pair needs two batch sizes on either side, of the same base regime.
     """
     families: dict[str, list[Record]] = {}
     for record in records:
@@ -389,10 +387,11 @@ def collapse_charts(records: Sequence[Record]) -> list[Chart]:
             families.setdefault(_family(record), []).append(record)
     charts: list[Chart] = []
     for family in families.values():
-        sides = {
-            "before": [r for r in family if not r.regime.rung.adapts_lr],
-            "after": [r for r in family if r.regime.rung.has_ghosts or r.regime.batch_size == r.recipe.base.batch_size],
-        }
+        before = [r for r in family if not r.regime.rung.adapts_lr]
+        after = [r for r in family if r.regime.rung.has_ghosts]
+        cured = {r.regime.batch_size for r in after}
+        after += [r for r in before if r.regime.batch_size == r.recipe.base.batch_size not in cured]
+        sides = {"before": before, "after": after}
         if all(len({r.regime.batch_size for r in side}) > 1 for side in sides.values()):
             charts += _collapse(sides, str(len(charts) // 2 + 1) if charts else "")
     return charts
@@ -421,16 +420,20 @@ def _collapse(sides: Mapping[str, Sequence[Record]], number: str) -> list[Chart]
         for side, records in sides.items()
     }
     batches = sorted({batch for lines in drawn.values() for batch, *_ in lines})
-    # The latest update that every run has logged: there the batch sizes can be compared.
+    # The updates that every run has logged: there the batch sizes can be compared.
     shared = set.intersection(*({t for t, _ in points} for lines in drawn.values() for *_, points in lines))
-    t = max(shared, default=None)
+    ladders = ", ".join(sorted({record.ladder for records in sides.values() for record in records}))
+    clips = {r.regime.clip_grad_norm for r in sides["after"] if r.regime.rung.adapts_lr} - {None}
+    clipped = f", gradient norm clipped at {' or '.join(f'{clip:g}' for clip in sorted(clips))}" if clips else ""
+    uncured = sorted({r.regime.batch_size for r in sides["after"] if not r.regime.rung.adapts_lr})
+    itself = "the base regime itself" + (", not clipped" if clips else "")
     top = max(d for lines in drawn.values() for *_, points in lines for _, d in points)
 
     def chart(side: str) -> Chart:
         lines = drawn[side]
         what = {
             "before": "whole batch normalised, base rate",
-            "after": "rate adapted to the batch, ghosts of the base batch",
+            "after": f"rate adapted to the batch{clipped}, ghosts of the base batch",
         }[side]
 
         def draw(theme: Theme) -> "Figure":
@@ -453,10 +456,12 @@ def _collapse(sides: Mapping[str, Sequence[Record]], number: str) -> list[Chart]
 
         return Chart(
             f"batch_sizes{number}_{side}",
-            f"Batch sizes {side}: {what}",
-            f"Distance of the weights from the initial ones in the phase of the high rate, a colour for each batch size from"
-            f" {batches[0]:,} to {batches[-1]:,}, with {what}; both charts of this pair have the same axis of distance."
-            + _spread_at(t, lines),
+            f"Batch sizes {side}, {ladders}: {what}",
+            f"{ladders}: distance of the weights from the initial ones in the phase of the high rate, a colour for each batch"
+            f" size from {batches[0]:,} to {batches[-1]:,}, with {what}"
+            + "".join(f" (batch {batch:,}: {itself})" for batch in uncured if side == "after")
+            + "; both charts of this pair have the same axis of distance."
+            + _spreads(shared, lines),
             ("batch_size", "rung", "seed", "update", "weight_distance"),
             tuple((batch, rung, seed, int(t), d) for batch, rung, seed, points in lines for t, d in points),
             draw,
@@ -465,17 +470,27 @@ def _collapse(sides: Mapping[str, Sequence[Record]], number: str) -> list[Chart]
     return [chart(side) for side in drawn]
 
 
-def _spread_at(t: float | None, lines: Sequence[tuple]) -> str:
-    if t is None:
+def _spreads(shared: Iterable[float], lines: Sequence[tuple]) -> str:
+    """How far apart the batch sizes are at four of the updates that all have logged, from about 10 to the last."""
+    updates = sorted(shared)
+    if not updates:
         return ""
-    by_batch: dict[int, list[float]] = {}
-    for batch, _, _, points in lines:
-        by_batch.setdefault(batch, []).append(dict(points)[t])
-    means = {batch: statistics.fmean(distances) for batch, distances in by_batch.items()}
-    told = ", ".join(f"{batch:,}: {mean:.2f}" for batch, mean in means.items())
+    last = updates[-1]
+    told = sorted(
+        {min(updates, key=lambda t, at=at: abs(math.log(t / at))) for at in np.geomspace(min(10, last), last, 4)}
+    )
+
+    def means(t: float) -> dict[int, float]:
+        by_batch: dict[int, list[float]] = {}
+        for batch, _, _, points in lines:
+            by_batch.setdefault(batch, []).append(dict(points)[t])
+        return {batch: statistics.fmean(distances) for batch, distances in by_batch.items()}
+
+    ratios = (f"{max(means(t).values()) / min(means(t).values()):.2f} at update {int(t):,}" for t in told)
+    distances = ", ".join(f"{batch:,}: {mean:.2f}" for batch, mean in means(last).items())
     return (
-        f" At update {int(t):,}, the last that all of them have in that phase, the mean distances by batch are {told}: the"
-        f" largest is {max(means.values()) / min(means.values()):.2f} times the smallest."
+        f" The largest mean distance of a batch size is so many times the smallest: {', '.join(ratios)}. Mean distances by"
+        f" batch at update {int(last):,}, the last that all of them have in that phase: {distances}."
     )
 
 

@@ -42,6 +42,11 @@ class Record:
         return self.recipe.name
 
     @property
+    def ladder(self) -> str:
+        """Its name without rung and batch: of the ladder that it is a rung of."""
+        return self.name.removesuffix(f"_{self.recipe.rung}{self.regime.batch_size}")
+
+    @property
     def updates(self) -> int:
         """Made so far."""
         return int(self.log[-1]["update"]) if self.log else 0

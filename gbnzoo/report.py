@@ -34,6 +34,7 @@ from gbnzoo.run import Run
 __all__ = [
     "find_ladders",
     "ghost_sizes",
+    "is_ladder",
     "ladder_plot",
     "ladder_rows",
     "ladder_table",
@@ -70,6 +71,12 @@ def find_ladders(rows: Iterable[Mapping[str, str]]) -> list[list[LadderRow]]:
     """Rows of results put together over seeds, one list for each network, data set and split."""
     grouped = itertools.groupby(group_by_rung(rows), key=lambda row: (row.ladder, row.split))
     return [list(ladder) for _, ladder in grouped]
+
+
+def is_ladder(rows: Sequence[LadderRow]) -> bool:
+    """Whether there are two rungs, of which the large ones share one batch: only then does each add one cure to the last."""
+    large = {row.batch_size for row in rows if RUNGS[row.rung].is_large}
+    return len({row.rung for row in rows}) > 1 and len(large) == 1
 
 
 def only_ladder(ladders: Sequence[list[LadderRow]]) -> list[LadderRow]:
@@ -121,13 +128,9 @@ def report_rows(records: Sequence[Record], results: Iterable[Mapping[str, str]] 
 
     rows = [record.result_row() for record in records if record.is_finished]
     at_hand = {seed_of(row) for row in rows}
-    ladders = {(_ladder_name(record), record.split) for record in records}
+    ladders = {(record.ladder, record.split) for record in records}
     others = [dict(row) for row in results if not records or ladder_of(row) in ladders]
     return [*rows, *(row for row in others if seed_of(row) not in at_hand)]
-
-
-def _ladder_name(record: Record) -> str:
-    return record.name.removesuffix(f"_{record.recipe.rung}{record.regime.batch_size}")
 
 
 def write_report(records: Sequence[Record], rows: Sequence[Mapping[str, str]], out: str | Path) -> Path:
@@ -161,7 +164,7 @@ def write_report(records: Sequence[Record], rows: Sequence[Mapping[str, str]], o
         Section("layers", "Layer by layer", charts=tuple(layer_charts(records)), folded=True),
     ]
     kept = [section for section in sections if section.charts or section.tables]
-    ladders = {ladder_of(row)[0] for row in rows} | {_ladder_name(record) for record in records}
+    ladders = {ladder_of(row)[0] for row in rows} | {record.ladder for record in records}
     names = sorted({GHOST_SIZE_TAG.sub("", name) for name in ladders})
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return write_page(out, f"gbnzoo report: {shown}", kept)
@@ -209,7 +212,7 @@ def _memory(record: Record) -> float | None:
 
 
 def _ladders(rows: Sequence[Mapping[str, str]]) -> Section:
-    ladders = [ladder for ladder in find_ladders(rows) if len({row.rung for row in ladder}) > 1]
+    ladders = [ladder for ladder in find_ladders(rows) if is_ladder(ladder)]
     charts = [ladder_chart(ladder, name=f"ladder{_number(k, ladders)}") for k, ladder in enumerate(ladders)]
     return Section(
         "ladder",
@@ -400,7 +403,7 @@ def _batch_sizes(records: Sequence[Record]) -> Section:
         "batch_sizes",
         "All batch sizes, before and after",
         "The paper finds that the walks of all batch sizes collapse onto one, drawn against updates, once the rate is scaled"
-        " with the square root of the batch and ghosts keep the base batch's size.",
+        " with the square root of the batch, the norm of the gradient clipped, and ghosts keep the base batch's size.",
         charts=tuple(collapse_charts(records)),
     )
 

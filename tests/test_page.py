@@ -49,7 +49,8 @@ def folder(tmp_path_factory):
     folders = [logged_run(runs, log_t, rung="sb", seed=seed) for seed in (0, 1)]
     for batch in (8, 16):
         large = {"batch_size": batch, "ghost_batch_size": 4}
-        folders += [logged_run(runs, log_t, rung=rung, large=large) for rung in ("lb", "lr", "gbn")]
+        tag = {"tag": "shapes_8"} if batch == 8 else {}  # a ladder has one large batch
+        folders += [logged_run(runs, log_t, rung=rung, large=large, **tag) for rung in ("lb", "lr", "gbn")]
     for ghosts in (2, 8):
         large = {"batch_size": 16, "ghost_batch_size": ghosts}
         folders.append(logged_run(runs, log_t, rung="gbn", large=large, tag=f"shapes_g{ghosts}"))

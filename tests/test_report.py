@@ -228,11 +228,47 @@ def test_batch_sizes_are_compared_before_and_after(tmp_path):
         ]
     first, second = collapse_charts(read_runs(runs))
     assert {row[0] for row in first.rows} == {row[0] for row in second.rows} == {4, 8, 16}
-    assert "the largest is 4.00 times the smallest" in first.text
-    assert "the largest is 1.00 times the smallest" in second.text
     # 16 images an update, 40 images 100 times: 250 updates, of which 237 is the last that all have logged.
-    assert "At update 237" in first.text
+    four = "{0} at update 10, {0} at update 32, {0} at update 75, {0} at update 237"
+    assert "is so many times the smallest: " + four.format("4.00") in first.text
+    assert "is so many times the smallest: " + four.format("1.00") in second.text
+    assert f"batch at update 237, the last that all of them have in that phase: 4: {log_t(237):.2f}, " in first.text
     assert collapse_charts(read_runs(runs[:2])) == []
+    for chart in (first, second):
+        assert "resnet8_thin_gbn.shapes" in chart.title
+        assert "resnet8_thin_gbn.shapes" in chart.text
+    # No run of batch 4 has all the cures; once there is one, the base regime's stands before alone.
+    assert "batch 4: the base regime itself" in second.text
+    assert {row[1] for row in second.rows if row[0] == 4} == {"sb"}
+    runs.append(logged_run(tmp_path, log_t, rung="gbn", large={"batch_size": 4, "ghost_batch_size": 4}))
+    first, second = collapse_charts(read_runs(runs))
+    assert {row[1] for row in first.rows if row[0] == 4} == {"sb"}
+    assert {row[1] for row in second.rows if row[0] == 4} == {"gbn"}
+    assert "the base regime itself" not in second.text
+
+
+def test_clipping_is_told_where_only_the_cured_runs_have_it(tmp_path):
+    clipping = {"optimizer": {"name": "sgd", "clip_grad_norm": 5.0}}
+    runs = [logged_run(tmp_path, log_t, rung="sb", **clipping)]
+    for batch in (8, 16):
+        large = {"batch_size": batch, "ghost_batch_size": 4}
+        runs += [logged_run(tmp_path, log_t, rung=rung, large=large, **clipping) for rung in ("lb", "gbn")]
+    first, second = collapse_charts(read_runs(runs))
+    assert "clipped" not in first.title + first.text
+    assert "gradient norm clipped at 5" in second.title
+    assert "gradient norm clipped at 5" in second.text
+
+
+def test_a_ladder_has_one_large_batch(tmp_path, undrawn):
+    def has_ladder(runs):
+        page = write_report([], report_rows(read_runs(runs)), tmp_path / "report").read_text()
+        return 'id="ladder"' in page
+
+    runs = [finished_run(tmp_path, rung="sb"), finished_run(tmp_path, rung="lb")]
+    assert has_ladder(runs)
+    runs.append(finished_run(tmp_path, rung="gbn", large={"batch_size": 16, "ghost_batch_size": 4}))
+    assert not has_ladder(runs)
+    assert not has_ladder(runs[:1])
 
 
 def test_layers_are_drawn_where_they_were_logged(tmp_path):
