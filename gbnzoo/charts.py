@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gbnzoo.card import LadderRow, spread
 from gbnzoo.diffusion import Fit, best_laws, fit_laws
@@ -20,6 +21,7 @@ from gbnzoo.records import Record
 from gbnzoo.regime import RUNGS
 
 if TYPE_CHECKING:
+    import PIL.Image
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -88,9 +90,18 @@ class Chart:
         return csv_text(self.columns, self.rows)
 
     def png(self, theme: Theme = LIGHT, metadata: Mapping[str, str] | None = None) -> bytes:
-        """The drawing as a file's content; `metadata` are texts that PNG keeps beside it."""
+        """The drawing as a file's content, in a palette of 256 colours; `metadata` are texts that PNG keeps beside it."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from PIL.PngImagePlugin import PngInfo
+
+        canvas = FigureCanvasAgg(self.draw(theme))
+        canvas.draw()
+        texts = PngInfo()
+        for name, text in (metadata or {}).items():
+            texts.add_text(name, text)
         content = io.BytesIO()
-        self.draw(theme).savefig(content, format="png", facecolor=theme.background, metadata=metadata)
+        picture = _with_palette(np.asarray(canvas.buffer_rgba())[..., :3])
+        picture.save(content, format="png", optimize=True, dpi=(DPI, DPI), pnginfo=texts)
         return content.getvalue()
 
 
@@ -239,9 +250,9 @@ class FittedRun:
 
 WALK_BEGINS = 30
 """Update before which no law is fitted. At first the weights run straight down: momentum of 0.9 keeps a gradient for some 10
-updates, and of 14 runs of F1 at batches of 64 to 4096 (docs/weight_distance) all go like t to update 10, and one still faster
-than √t, as no walk does, to update 32; from there on each goes like t^0.45 or slower. The same update for all batch sizes, for
-the paper's law is of updates."""
+updates, and of 14 runs of F1 at batches of 64 to 4096 (docs/weight_distance) all go about like t to update 10, one still faster
+than √t, as no walk does, to update 32; from there on each goes like t^0.45 or slower. Assumed for other networks. The same
+update for all batch sizes, for the paper's law is of updates."""
 
 
 def fitted_points(record: Record) -> list[tuple[float, float]]:
@@ -509,6 +520,7 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
     """
     seeds = max(len(row.top1_percent) for row in rows)
     has_paper = any(row.paper_top1_percent is not None for row in rows)
+    has_single = any(len(row.top1_percent) == 1 for row in rows)
     is_crowded = len(rows) > 1.6 * width
 
     def draw(theme: Theme) -> "Figure":
@@ -545,6 +557,7 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
         _plain(axes, theme, x_grid=False)
         marks = (
             f"bars: mean ± std of up to {seeds} seeds" if seeds > 1 else "one seed",
+            "no whisker: one seed" if seeds > 1 and has_single else "",
             "dashed: sb" if rows[0].rung == "sb" else "",
             "orange: the paper" if has_paper else "",
         )
@@ -637,25 +650,34 @@ def ghost_chart(
                 markeredgewidth=0,
             )
         x = [size.ghost_batch_size for size in sizes]
-        bars = [std or 0 for std in stds]
+        bars = [math.nan if std is None else std for std in stds]  # of one seed there is none
         axes.errorbar(x, means, bars, color=theme.ink, marker="o", markersize=4, capsize=3.5, linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{g}\n(batch)" if g == batch_size else f"{g}" for g in x], fontsize=8)
         axes.minorticks_off()
         axes.set_xlabel("samples normalised together")
         axes.set_ylabel(f"top-1, {split} split (%)")
+        if alone:
+            note = "one seed each" if alone == len(sizes) else "no bar: one seed"
+            axes.set_title(note, loc="left", fontsize=8, color=theme.ink)
         axes.margins(0.08)
         _plain(axes, theme)
         return figure
 
     told = (f"{size.ghost_batch_size}: {size.spread}" for size in sizes)
+    alone = sum(std is None for std in stds)
+    what_is_drawn = "dots are seeds, the line is their mean ± sample standard deviation"
+    if alone:
+        what_is_drawn += ", which sizes of one seed do not have"
+    if alone == len(sizes):
+        what_is_drawn = "one seed each, so no spread is known"
     best = sizes[int(np.argmax(means))].ghost_batch_size
     return Chart(
         name,
         f"Top-1 against ghost size: {what}",
-        f"Runs that differ in the size of their ghosts alone, at batch {batch_size:,}: dots are seeds, the line is their mean ±"
-        f" sample standard deviation. Top-1 on the {split} split in % (number of seeds) by ghost size: {'; '.join(told)}. The"
-        f" highest mean is that of ghosts of {best}.",
+        f"Runs that differ in the size of their ghosts alone, at batch {batch_size:,}: {what_is_drawn}. Top-1 on the {split}"
+        f" split in % (number of seeds) by ghost size: {'; '.join(told)}. The highest"
+        f"{'' if alone == len(sizes) else ' mean'} is that of ghosts of {best}.",
         ("ghost_batch_size", "seed_number", "top1_percent", "mean", "std"),
         tuple(
             (size.ghost_batch_size, k, top1, mean, std)
@@ -667,6 +689,25 @@ def ghost_chart(
 
 
 # ---- drawing
+
+
+def _with_palette(pixels: NDArray[np.uint8]) -> "PIL.Image.Image":
+    """A drawing, [height, width, 3], in the 256 of its colours that most pixels have; the others become the nearest of them.
+
+    The colours of what is drawn stay exact, edges keep their shades, and a third of the bytes is left. Pillow's own
+    quantisation mixes its colours, so that the background is no longer the page's.
+    """
+    import PIL.Image
+
+    packed = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    colours, places, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    channels = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1).astype(np.float32)
+    palette = channels[np.argsort(-counts, kind="stable")[:256]]
+    # Least squared difference; |colour|² is the same for all of the palette.
+    nearest = (np.square(palette).sum(axis=1) - 2 * channels @ palette.T).argmin(axis=1).astype(np.uint8)
+    picture = PIL.Image.fromarray(nearest[places].reshape(packed.shape))
+    picture.putpalette(palette.astype(np.uint8).tobytes())
+    return picture
 
 
 def _figure(theme: Theme, height: float, legend_entries: int, width: float = WIDTH) -> "Figure":
@@ -694,7 +735,7 @@ def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         columns = 2 if max(map(len, labels)) > 16 else 3
-        style = {"fontsize": 7.5, "labelcolor": theme.ink, "frameon": False, "handlelength": 2.2}
+        style = {"fontsize": 7.5, "labelcolor": theme.ink, "frameon": False, "handlelength": 3}
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
 
 

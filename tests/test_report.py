@@ -1,6 +1,8 @@
 """Runs side by side: the ladder, the walk's law, all batch sizes, ghost sizes, and the files that hold their numbers."""
 
 import csv
+import io
+import itertools
 import math
 import statistics
 
@@ -12,7 +14,17 @@ from small_run import finished_run
 from test_card import HUB
 
 from gbnzoo.card import read_results
-from gbnzoo.charts import collapse_charts, curve_charts, distance_chart, fit_runs, layer_charts
+from gbnzoo.charts import (
+    LIGHT,
+    GhostSize,
+    _styles,
+    collapse_charts,
+    curve_charts,
+    distance_chart,
+    fit_runs,
+    ghost_chart,
+    layer_charts,
+)
 from gbnzoo.records import read_record
 from gbnzoo.report import (
     find_ladders,
@@ -305,6 +317,49 @@ def test_ghost_sizes_are_runs_that_differ_in_nothing_else(tmp_path, undrawn):
     assert by_size["16"][0]["std"] == ""
 
 
+def test_a_ghost_size_of_one_seed_has_no_bar_of_error():
+    def chart_of(*sizes):
+        sizes = [GhostSize(2**k, top1) for k, top1 in enumerate(sizes)]
+        chart = ghost_chart("shapes", 8, "test", sizes)
+        chart.png()
+        (bars,) = chart.draw(LIGHT).axes[0].containers[0].lines[2]
+        return chart, [segment for segment in bars.get_segments() if len(segment)]
+
+    chart, bars = chart_of((70.0,), (80.0, 84.0), (90.0,))
+    assert [abs(bar[1, 1] - bar[0, 1]) for bar in bars] == [pytest.approx(2 * statistics.stdev([80, 84]))]
+    assert "which sizes of one seed do not have" in chart.text
+    chart, bars = chart_of((70.0,), (80.0,), (90.0,))
+    assert bars == []
+    assert "one seed each, so no spread is known" in chart.text
+    assert "±" not in chart.text
+
+
+def test_any_two_of_many_series_look_different():
+    looks = [tuple(style.values()) for style in itertools.islice(_styles(LIGHT), 112)]
+    assert len(set(looks)) == 112
+    # Of the first 28, those of one colour differ in line and in marker, so that dots alone tell them too.
+    first = [(style["color"], style["linestyle"], style["marker"]) for style in itertools.islice(_styles(LIGHT), 28)]
+    assert len({(colour, line) for colour, line, _ in first}) == len({(colour, dot) for colour, _, dot in first}) == 28
+
+
+def test_a_picture_of_256_colours_is_the_drawing(tmp_path):
+    runs = [
+        logged_run(tmp_path, lambda t, k=k: (k + 1) * log_t(t), rung="sb", seed=k, tag=f"shapes_{k}") for k in range(9)
+    ]
+    records = read_runs(runs)
+    chart = distance_chart(records, fit_runs(records))
+    whole = io.BytesIO()
+    chart.draw(LIGHT).savefig(whole, format="png", facecolor=LIGHT.background)
+    content = chart.png(metadata={"Description": "ΔBIC"})
+    assert len(content) < 0.5 * len(whole.getvalue())
+    with PIL.Image.open(io.BytesIO(content)) as picture, PIL.Image.open(whole) as drawing:
+        assert (picture.mode, picture.size) == ("P", drawing.size)
+        assert picture.text["Description"] == "ΔBIC"
+        ours, theirs = (np.asarray(image.convert("RGB")).astype(int) for image in (picture, drawing))
+    assert (ours[theirs.min(axis=2) == 255] == 255).all()
+    assert (abs(ours - theirs).max(axis=2) > 8).mean() < 0.03
+
+
 def test_runs_of_a_series_share_a_line_and_unlike_ones_do_not(tmp_path):
     runs = [
         logged_run(tmp_path / "a", log_t),
@@ -314,3 +369,13 @@ def test_runs_of_a_series_share_a_line_and_unlike_ones_do_not(tmp_path):
     rows = curve_charts(read_runs(runs))[0].rows
     assert len({row[0] for row in rows}) == 2
     assert len({row[:2] for row in rows}) == 3
+
+
+def test_curves_tell_their_numbers_on_every_axis(tmp_path):
+    # 1000 updates of 4 images, 0.37 s each: the last top-1 is 90 - 50 / 1000.
+    by_updates, by_samples, by_time = (
+        chart.text for chart in curve_charts(read_runs([logged_run(tmp_path, log_t, rung="sb")]))
+    )
+    assert "sb 4: 89.95 after 1,000 updates." in by_updates
+    assert "sb 4: 89.95 after 4,000 samples." in by_samples
+    assert "sb 4: 89.95 after 6.2 minutes." in by_time
