@@ -360,7 +360,7 @@ def _fits_table(fitted: Sequence[FittedRun]) -> Table:
             f"{log.r2:.4f}",
             f"{sqrt.r2:.4f}",
             f"{power.r2:.4f}",
-            f"{power.exponent:.3f}".replace("-", "−") + (", end of the search" if is_at_the_end else ""),
+            f"{power.exponent:.3f}".replace("-", "−") + (" *" if is_at_the_end else ""),
             *(f"{run.fits[law].bic - least:.1f}" for law in _LAWS),
             " = ".join(_LAWS[law] for law in run.best),
         )
@@ -377,7 +377,7 @@ def _fits_table(fitted: Sequence[FittedRun]) -> Table:
 
     return Table(
         "Laws of the distance: ‖w_t − w_0‖ = a + b · log t against its rivals. ΔBIC is above the best, 0 for the best itself;"
-        f" laws less than {TIE} apart tie (=).",
+        f" laws less than {TIE} apart tie (=). An exponent p with * is the last that was tried.",
         (
             "run",
             "seed",
