@@ -172,7 +172,7 @@ def regime_of(alpha: float, dimensions: int, *, stepping: bool) -> tuple[float, 
     if dimensions == 2:
         return float(np.interp(alpha, [0.5, 1, 1.5, 2], [0.2, 0.5, 1, 2])), (6.0, 600.0)
     if alpha == 2:
-        return 10.0, (6.0, 600.0)
+        return 2.0, (60.0, 600.0)
     temperature = float(np.interp(alpha, [0.5, 1, 1.5], [0.25, 0.5, 0.5]))
     last = float(np.interp(alpha, [0.5, 1, 1.5], [100, 200, 600]))
     return temperature, (last / 100 ** (min(alpha, 1.5) / 2), last)

@@ -101,9 +101,10 @@ def test_memory_is_the_peak_of_the_process(tmp_path):
 
 
 def test_a_tracker_gets_every_row_of_the_log_and_the_layers_by_name(tmp_path):
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run = trained(tmp_path, tracker="tensorboard")
-    events = accumulators.EventAccumulator(str(run.folder / "gbnzoo")).Reload()
+    events = EventAccumulator(str(run.folder / "gbnzoo")).Reload()
     layers = {row["layer"] for row in run.layer_rows()}
     columns = set(LOG_COLUMNS) - {"split"}
     assert set(events.Tags()["scalars"]) == columns | {f"weight_distance/{layer}" for layer in layers}
