@@ -80,7 +80,8 @@ def distance_plot(curves: Sequence[WalkCurve], path: str | Path, *, title: str =
     logarithmic.set_title(", ".join(filter(None, laws)), loc="left", fontsize=9, color=_INK)
     plain.set_title(title, loc="left", fontsize=10, color=_INK)
     handles, labels = plain.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5)
+    columns = min(3, len(labels), max(1, 140 // max(map(len, labels))))  # about 140 letters fit beside each other
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
     for axes in (plain, logarithmic):
         axes.grid(color="#e2e2e2", linewidth=0.7)
         axes.set_axisbelow(True)
