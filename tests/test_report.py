@@ -121,7 +121,7 @@ def test_results_stand_in_for_seeds_whose_runs_are_not_at_hand():
     # Every seed of the CSV once, whether its run is at hand or not.
     wanted = {}
     for row in results:
-        if row["model"].startswith("mlp5_gbn.mnist_") and row["model"].split("_")[-1] in ("sb128", *wanted_rungs()):
+        if row["model"] in [f"mlp5_gbn.mnist_{name}" for name in ("sb128", *wanted_rungs())]:
             wanted.setdefault(row["rung"], []).append((int(row["seed"]), float(row["top1"])))
     assert {row.rung: row.top1_percent for row in ladder} == {
         rung: tuple(top1 for _, top1 in sorted(seeds)) for rung, seeds in wanted.items()
