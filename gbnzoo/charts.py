@@ -196,20 +196,20 @@ def _curves(records: Sequence[Record], x: str) -> Chart:
         losses.set_yscale("log")
         losses.set_ylabel(f"loss (dots: {splits} split)")
         scores.set_ylabel(f"top-1, {splits} split (%)")
-        scores.set_xlabel(axis + (f" ({unit})" if x == "train_seconds" else ""))
+        scores.set_xlabel(axis + (f" ({unit})" if unit else ""))
         for axes in (losses, scores):
             _plain(axes, theme)
         _legend(figure, losses, theme)
         return figure
 
-    unit = unit or axis.removesuffix(" seen")
+    counted = unit or axis.removesuffix(" seen")
 
     def latest(record: Record) -> float | None:
         points = record.points(x, "top1_percent") or record.points(x, "train_loss")
         return points[-1][0] / scale if points else None
 
     ends = "; ".join(
-        f"{label}: {_mean([r.top1_percent for r in group])} after {_mean(list(map(latest, group)), digits)} {unit}"
+        f"{label}: {_mean([r.top1_percent for r in group])} after {_mean(list(map(latest, group)), digits)} {counted}"
         for label, group in series.items()
     )
     return Chart(
@@ -491,14 +491,14 @@ def _spreads(shared: Iterable[float], lines: Sequence[tuple]) -> str:
         {min(updates, key=lambda t, at=at: abs(math.log(t / at))) for at in np.geomspace(min(10, last), last, 4)}
     )
 
-    def means(t: float) -> dict[int, float]:
+    ratios = []
+    for t in told:
         by_batch: dict[int, list[float]] = {}
         for batch, _, _, points in lines:
             by_batch.setdefault(batch, []).append(dict(points)[t])
-        return {batch: statistics.fmean(distances) for batch, distances in by_batch.items()}
-
-    ratios = (f"{max(means(t).values()) / min(means(t).values()):.2f} at update {int(t):,}" for t in told)
-    distances = ", ".join(f"{batch:,}: {mean:.2f}" for batch, mean in means(last).items())
+        means = {batch: statistics.fmean(distances) for batch, distances in by_batch.items()}
+        ratios.append(f"{max(means.values()) / min(means.values()):.2f} at update {int(t):,}")
+    distances = ", ".join(f"{batch:,}: {mean:.2f}" for batch, mean in means.items())  # of the last
     return (
         f" The largest mean distance of a batch size is so many times the smallest: {', '.join(ratios)}. Mean distances by"
         f" batch at update {int(last):,}, the last that all of them have in that phase: {distances}."

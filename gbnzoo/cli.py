@@ -295,7 +295,9 @@ def walk_command(
         list[float] | None,
         typer.Option(help="of E(L(w1) − L(w2))² ~ ‖w1 − w2‖^α, 0 to 2; again for more walks  [default: 1]"),
     ] = None,
-    dimensions: Annotated[int, typer.Option(min=1, help="of the landscape; 1 and 2 are walked exactly")] = 1,
+    dimensions: Annotated[
+        int, typer.Option(min=1, help="of the landscape; 1 is walked exactly, 2 at low temperature")
+    ] = 1,
     landscapes: Annotated[int, typer.Option(min=2, help="that the distances are means over")] = 200,
     seed: Annotated[int, typer.Option(help="of landscapes and walkers")] = 0,
     temperature: Annotated[float | None, typer.Option(help="by default low enough to see the law")] = None,
@@ -304,7 +306,7 @@ def walk_command(
     ] = None,
     stepping: Annotated[
         bool | None,
-        typer.Option("--stepping/--exact", help="one walker a landscape, or all its walkers by elimination"),
+        typer.Option("--stepping/--exact", help="one walker a landscape, or all at once, in 1 or 2 dimensions"),
     ] = None,
     run: Annotated[list[Path] | None, typer.Option(help="draw the weights of this run in the same way")] = None,
     out: Annotated[Path, typer.Option(help="folder for walk.csv and walk.png")] = Path("walk"),

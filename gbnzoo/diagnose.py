@@ -281,7 +281,8 @@ def diagnose(
         raise ValueError(f"--samples {samples} makes no whole ghosts of {size}; wanted {fits}, or --ghost-batch-size")
     if samples > len(subject.train_set):
         raise ValueError(f"--samples {samples} of {len(subject.train_set):,} training images; wanted at most so many")
-    ghosts = ghosts or min(64, len(subject.train_set) // size)
+    if ghosts is None:
+        ghosts = min(64, len(subject.train_set) // size)
     if "noise_scale" in only and ghosts * size > len(subject.train_set):
         raise ValueError(
             f"--ghosts {ghosts} of {size} are {ghosts * size:,} samples of {len(subject.train_set):,} training images; wanted"

@@ -201,8 +201,8 @@ def self_similar(
     safe = np.where(distances > 0, distances, 1)
     frequencies = TURNS * rng.normal(size=(points.shape[-1] + 1, num_waves))
     real, imaginary = rng.normal(size=(2, num_waves)) / np.sqrt(num_waves)
-    phases = np.concatenate((np.log(safe), points / safe), axis=-1) @ frequencies
-    return distances[..., 0] ** (alpha / 2) * (np.cos(phases) @ real + np.sin(phases) @ imaginary)
+    waves = PlaneWaves(frequencies.T, real - 1j * imaginary)
+    return distances[..., 0] ** (alpha / 2) * waves(np.concatenate((np.log(safe), points / safe), axis=-1))
 
 
 def polar_mesh(radius: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -24,7 +24,7 @@ from gbnzoo.charts import (
     ladder_chart,
     layer_charts,
 )
-from gbnzoo.diffusion import EXPONENTS_OF_POWER, TIE
+from gbnzoo.diffusion import EXPONENTS_OF_POWER, TIE, best_law
 from gbnzoo.page import Section, Table, write_page
 from gbnzoo.recipe import RecipeError, load_recipe
 from gbnzoo.records import Record, read_record, without_repeats
@@ -350,7 +350,7 @@ _LAWS = {"log": "log t", "sqrt": "√t", "power": "t^p"}
 def _fits_table(fitted: Sequence[FittedRun]) -> Table:
     def cells(run: FittedRun) -> tuple[str, ...]:
         log, sqrt, power = (run.fits[law] for law in _LAWS)
-        least = min(fit.bic for fit in run.fits.values())
+        least = best_law(run.fits).bic
         is_at_the_end = abs(power.exponent) > 0.999 * EXPONENTS_OF_POWER[1]
         return (
             run.label,

@@ -1,13 +1,12 @@
 """Simulated walks against theory: the exponent of log t that was measured, and 2/α, as table, CSV and plot."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gbnzoo.charts import fitted_points
+from gbnzoo.charts import csv_text, fitted_points
 from gbnzoo.diffusion import MIN_POINTS, LogPower, fit_laws, fit_log_power
 from gbnzoo.distance_plot import WalkCurve, distance_plot
 from gbnzoo.random_walk import Walks
@@ -33,7 +32,6 @@ class WalkLaw:
     """A walk with the powers of log t fitted to it.
 
     Theory is of late times: where `late` is known, it is what theory is held against.
-
 
     Args:
         walks: what was simulated.
@@ -110,31 +108,21 @@ def save(laws: Sequence[WalkLaw], folder: str | Path, real: Sequence[WalkCurve] 
     """Write `walk.csv`, one row by walk and t, and `walk.png`, and for real networks `weights.png`; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    curves = []
-    with (folder / "walk.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(CSV_COLUMNS)
-        for law in laws:
-            walks = law.walks
-            mean = walks.distances.mean(axis=0)
-            errors = walks.distances.std(axis=0, ddof=1) / np.sqrt(len(walks.distances))
-            of_all = (
-                walks.alpha,
-                walks.dimensions,
-                walks.temperature,
-                walks.seed,
-                len(walks.distances),
-                walks.stepping,
-            )
-            columns = (np.log(walks.updates), mean, errors, law.fit(walks.updates), law.best(walks.updates))
-            writer.writerows((*of_all, *(f"{x:.8g}" for x in row)) for row in zip(*columns, strict=True))
-            t = walks.updates
-            span = (t[t.size // 2] if law.late else t[0]), t[-1]
-            label = (
-                f"α = {walks.alpha:g}, N = {walks.dimensions}: {law.best.exponent:.2f} ± {law.best.standard_error:.2f}, "
-                f"theory {law.theory:.2f}"
-            )
-            curves.append(WalkCurve(label, walks.updates, mean, errors, fit=law.best, fitted=span, theory=law.theory))
+    curves, rows = [], []
+    for law in laws:
+        walks, t = law.walks, law.walks.updates
+        mean = walks.distances.mean(axis=0)
+        errors = walks.distances.std(axis=0, ddof=1) / np.sqrt(len(walks.distances))
+        of_all = (walks.alpha, walks.dimensions, walks.temperature, walks.seed, len(walks.distances), walks.stepping)
+        columns = (np.log(t), mean, errors, law.fit(t), law.best(t))
+        rows += [(*of_all, *(f"{x:.8g}" for x in row)) for row in zip(*columns, strict=True)]
+        span = (t[t.size // 2] if law.late else t[0]), t[-1]
+        label = (
+            f"α = {walks.alpha:g}, N = {walks.dimensions}: {law.best.exponent:.2f} ± {law.best.standard_error:.2f}, "
+            f"theory {law.theory:.2f}"
+        )
+        curves.append(WalkCurve(label, t, mean, errors, fit=law.best, fitted=span, theory=law.theory))
+    (folder / "walk.csv").write_text(csv_text(CSV_COLUMNS, rows), encoding="utf-8")
     distance_plot(
         curves,
         folder / "walk.png",
