@@ -243,6 +243,13 @@ class _GhostBatchNorm(_BatchNorm):
 
         With several processes this is process `rank`'s term of a sum, see `shard_running_statistics`.
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102, as above
+            if self.momentum is not None:
+                running = self.running_mean, self.running_var, self.num_batches_tracked
+                fold = kernels.pick_fold(mean, running)
+                if fold is not None:
+                    fold(mean, var, self._folding(running, mean.shape[0]))
+                    return
         ghosts, counted = mean.shape[0], mean.shape[0] * self.world_size
         if self.momentum is None:
             total = self.num_batches_tracked.to(mean.dtype) + counted

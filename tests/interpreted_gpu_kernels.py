@@ -17,6 +17,7 @@ LIBRARY = torch.library.Library("gbnzoo", "IMPL")
 with warnings.catch_warnings(action="ignore"):  # torch 2.11 warns even where overriding is allowed
     LIBRARY.impl("ghost_batch_norm", gpu.forward, "CPU", allow_override=True)
     LIBRARY.impl("ghost_batch_norm_backward", gpu.backward, "CPU", allow_override=True)
+LIBRARY.impl("fold_ghosts", gpu.fold, "CPU")
 cpu.is_direct = lambda *tensors: False
 gpu._device = lambda device: gpu.Device(processors=2, l2_bytes=2048)
 gpu.STREAMED_TILE = 16
@@ -101,6 +102,21 @@ def test_other_shapes_without_parameters(shape):
     check(shape, affine=False)
 
 
+@pytest.mark.parametrize(("ghosts", "channels"), [(1, 3), (5, 70), (40, 3)])
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+def test_folding_is_one_ghost_after_the_other(momentum, ghosts, channels):
+    mean, variance = torch.randn(ghosts, channels), torch.rand(ghosts, channels)
+    running = torch.randn(channels), torch.rand(channels)
+    true = [tensor.double() for tensor in running]
+    for i in range(ghosts):
+        for tensor, statistics in zip(true, (mean, variance), strict=True):
+            tensor.lerp_(statistics[i].double(), momentum)
+    count, keep = torch.tensor(7), 1 - momentum
+    cpu.fold(mean, variance, cpu.Folding(*running, count, ghosts, keep**ghosts, keep, momentum))
+    torch.testing.assert_close([tensor.double() for tensor in running], true, rtol=1e-6, atol=1e-6)
+    assert count == 7 + ghosts
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_first_samples_unlike_all_others_cancel_no_digits(resident, monkeypatch):
     if not resident:
@@ -160,6 +176,8 @@ def test_operators_keep_their_promises_to_torch():
     y, statistics = torch.ops.gbnzoo.ghost_batch_norm(*arguments)
     arguments = (x, x, y, *arguments[2:4], statistics, GHOST, True)
     torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm_backward.default, arguments, test_utils=checks)
+    arguments = (*statistics[:2], torch.zeros(3), torch.ones(3), torch.tensor(0), 2, 0.81, 0.9, 0.1)
+    torch.library.opcheck(torch.ops.gbnzoo.fold_ghosts.default, arguments, test_utils=checks)
 
 
 def test_compiles_without_a_graph_break():

@@ -89,6 +89,23 @@ def pick_direct(
     return cpu.fold_and_normalize
 
 
+def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[..., None] | None:
+    """`cpu.fold` where the ghosts' means, and so their variances, lie on a GPU that can; else None.
+
+    Where each of torch's operators is a launch, to fold them one by one takes longer than to normalise a small layer.
+
+    Args:
+        mean: of each ghost, [G, C].
+        running: mean, variance and count.
+    """
+    if not _ARE_ON or mean.dtype != torch.float32 or mean.device.type not in _DTYPES or mean.device.type == "cpu":
+        return None
+    if torch._C._are_functorch_transforms_active() or not gpu.is_able(mean, 1):
+        return None
+    is_plain = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in running[:2])
+    return cpu.fold if is_plain and mean.is_contiguous() else None
+
+
 @functools.lru_cache(maxsize=1024)
 def _has_values(shape: tuple[int, ...], ghost_rows: int) -> bool:
     """Whether ghosts hold more than a single value per channel."""

@@ -121,6 +121,11 @@ def fold_and_normalize(
     return y
 
 
+def fold(mean: Tensor, variance: Tensor, folding: Folding) -> None:
+    """Fold the statistics [G, C] of a batch's ghosts into the running ones, in one kernel."""
+    torch.ops.gbnzoo.fold_ghosts(mean, variance, *folding)
+
+
 def is_direct(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors in this process's memory, and torch would run an operator on them at once.
 
@@ -256,6 +261,11 @@ torch.library.define(
     "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor statistics, int ghost_rows, bool relu)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 )
+torch.library.define(
+    "gbnzoo::fold_ghosts",
+    "(Tensor mean, Tensor variance, Tensor(a!) running_mean, Tensor(b!) running_variance, Tensor(c!) count,"
+    " int counted, float keep, float step, float last) -> ()",
+)
 
 
 @torch.library.register_fake("gbnzoo::ghost_batch_norm")
@@ -268,6 +278,11 @@ def _forward_fake(x, residual, weight, bias, ghost_rows, eps, relu):
 def _backward_fake(dy, x, y, weight, bias, statistics, ghost_rows, relu):
     dresidual = torch.empty_like(x) if y is not None else x.new_empty(0)
     return torch.empty_like(x), dresidual, statistics.new_empty(x.shape[1]), statistics.new_empty(x.shape[1])
+
+
+@torch.library.register_fake("gbnzoo::fold_ghosts")
+def _fold_fake(mean, variance, running_mean, running_variance, count, counted, keep, step, last):
+    pass
 
 
 def _forward(x, residual, weight, bias, ghost_rows, eps, relu, folding=None):

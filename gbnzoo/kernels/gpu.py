@@ -13,6 +13,7 @@ Values are float32, bfloat16 or float16, all arithmetic is float32.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -427,6 +428,30 @@ def _backward_apply(
     )  # fmt: skip
 
 
+@triton.jit
+def _fold(
+    mean, variance, running_mean, running_variance, count, ghosts, counted, keep, log2_step, last,
+    C: tl.constexpr, GHOSTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """r ← keep · r + last · Σ_g step^(G-1-g) · s_g for some channels, mean and variance."""
+    _, channels = _channels(tl.program_id(0), C, CHANNELS)
+    mask = channels < C
+    mean_sum = tl.zeros([CHANNELS], tl.float32)
+    variance_sum = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, ghosts, GHOSTS):
+        ghost = first + tl.arange(0, GHOSTS)
+        share = tl.exp2(tl.maximum(ghosts - 1 - ghost, 0).to(tl.float32) * log2_step)[:, None]
+        offsets, inside = ghost[:, None] * C + channels[None, :], (ghost < ghosts)[:, None] & mask[None, :]
+        mean_sum += tl.sum(tl.load(mean + offsets, mask=inside, other=0.0) * share, 0)
+        variance_sum += tl.sum(tl.load(variance + offsets, mask=inside, other=0.0) * share, 0)
+    old_mean = tl.load(running_mean + channels, mask=mask, other=0.0)
+    old_variance = tl.load(running_variance + channels, mask=mask, other=0.0)
+    tl.store(running_mean + channels, keep * old_mean + last * mean_sum, mask=mask)
+    tl.store(running_variance + channels, keep * old_variance + last * variance_sum, mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(count, tl.load(count) + counted)
+
+
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
@@ -550,8 +575,23 @@ def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
             sizes = first_slab, values, of_part, entries
             _launch(_backward_sums, x, grid, *ins, outs[1], *parts, *sizes, **constants)
             _launch(_backward_apply, x, grid, *ins, *outs, *parts, *sizes, SPLITS=how.splits, **constants)
-    return dx, x.new_empty(0) if dresidual is None else dresidual, dweight.sum(0), dbias.sum(0)
+    if len(mean) == 1:
+        dweight, dbias = dweight[0], dbias[0]
+    else:
+        dweight, dbias = dweight.sum(0), dbias.sum(0)
+    return dx, x.new_empty(0) if dresidual is None else dresidual, dweight, dbias
+
+
+def fold(mean, variance, running_mean, running_variance, count, counted, keep, step, last):
+    ghosts, channels = mean.shape
+    width = min(64, triton.next_power_of_2(channels))
+    _launch(
+        _fold, mean, (triton.cdiv(channels, width),), mean, variance, running_mean, running_variance, count,
+        ghosts, counted, keep, math.log2(step) if step else -1e4, last,
+        C=channels, GHOSTS=min(32, triton.next_power_of_2(ghosts)), CHANNELS=width, warps=4,
+    )  # fmt: skip
 
 
 torch.library.impl("gbnzoo::ghost_batch_norm", "CUDA", forward)
 torch.library.impl("gbnzoo::ghost_batch_norm_backward", "CUDA", backward)
+torch.library.impl("gbnzoo::fold_ghosts", "CUDA", fold)
