@@ -4,12 +4,13 @@
 
 Every contender makes the same updates of one network at one batch size: forward, loss, backward, SGD with momentum. The others
 have a ready batch of random numbers; only the trainer also draws, crops, flips and normalises its own, clips, logs a row and
-looks out for signals. One thread, CPU time, in turns.
+looks out for signals. In turns; on a CPU one thread's CPU time, on a GPU the clock's, and more updates.
 """
 
 import contextlib
 import math
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -33,75 +34,104 @@ RECIPES = {  # and the batch of one update
     "recipes/cifar100/wide_resnet16_4_gbn.yaml": 128,
     "recipes/mnist/mlp5_gbn.yaml": 4096,
 }
+ON_GPU = {"recipes/cifar10/resnet44_gbn.yaml": (128, 4096), "recipes/cifar100/wide_resnet16_4_gbn.yaml": (4096,)}
 UPDATES_A_ROW = 8  # of the log; a real run writes far fewer
+UPDATES_A_ROW_ON_GPU = 40
 
 
 def main(
     data_dir: Annotated[Path | None, typer.Option(help="folder with the sets; else GBNZOO_DATA, else the Hub")] = None,
+    recipes: Annotated[str, typer.Option(help="such as PATH:128,PATH:4096; else those of the tables")] = "",
     rounds: int = 7,
 ) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(setting())
-    for path, batch_size in RECIPES.items():
-        measure(path, batch_size, data_dir, rounds)
+    on_gpu = torch.cuda.is_available()
+    print(torch.cuda.get_device_name() + "; " + setting() if on_gpu else setting())
+    if recipes:
+        chosen = [(path, int(size)) for path, _, size in (each.rpartition(":") for each in recipes.split(","))]
+    elif on_gpu:
+        chosen = [(path, size) for path, sizes in ON_GPU.items() for size in sizes]
+    else:
+        chosen = list(RECIPES.items())
+    for path, batch_size in chosen:
+        measure(path, batch_size, data_dir, rounds, UPDATES_A_ROW_ON_GPU if on_gpu else UPDATES_A_ROW)
 
 
-def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int) -> None:
+def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, updates: int) -> None:
     overrides = [f"large.batch_size={batch_size}", "base.epochs=1000"]
     recipe = load_recipe(path, overrides, rung="gbn")
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
-        trainer = Trainer(
-            recipe,
-            data_dir=data_dir,
-            out=out,
-            processes=1,
-            micro_batch_size=batch_size,
-            tracker=None,
-            checkpoint_seconds=math.inf,
-            timeout_seconds=600,
-        )
-        stack.enter_context(trainer.opened_run(resume=False))
-        times = interleave(
-            {
-                "gbnzoo train": lambda: _trained(trainer),
-                "bare step, ghost norm, bf16 channels_last": _bare_step(trainer, recipe.large.ghost_batch_size),
-                "nn.BatchNorm, bf16 channels_last, timm's loop": _timm_loop(trainer, batch_size, torch.bfloat16),
-                "nn.BatchNorm, fp32 NCHW, timm's loop": _timm_loop(trainer, batch_size, None),
-            },
-            rounds,
-        )
+
+        def opened(folder: str, **options: bool) -> Trainer:
+            trainer = Trainer(
+                recipe,
+                data_dir=data_dir,
+                out=Path(out) / folder,
+                processes=1,
+                micro_batch_size=batch_size,
+                tracker=None,
+                checkpoint_seconds=math.inf,
+                timeout_seconds=600,
+                **options,
+            )
+            stack.enter_context(trainer.opened_run(resume=False))
+            return trainer
+
+        trainer = opened("gbnzoo")
+        contenders = {
+            "gbnzoo train": _trained(trainer, updates),
+            "bare step, ghost norm, bf16 channels_last": _bare_step(trainer, recipe.large.ghost_batch_size, updates),
+            "nn.BatchNorm, bf16 channels_last, timm's loop": _timm_loop(trainer, batch_size, torch.bfloat16, updates),
+            "nn.BatchNorm, fp32 NCHW, timm's loop": _timm_loop(trainer, batch_size, None, updates),
+        }
+        clock = time.process_time
+        if trainer.device.type == "cuda":
+            contenders["gbnzoo train --no-cuda-graphs"] = _trained(opened("launched", cuda_graphs=False), updates)
+            contenders["nn.BatchNorm, bf16 channels_last, timm's loop, --torchcompile"] = _timm_loop(
+                trainer, batch_size, torch.bfloat16, updates, compiled=True
+            )
+
+            def clock() -> float:
+                torch.cuda.synchronize()
+                return time.perf_counter()
+
+        times = interleave(contenders, rounds, clock=clock)
     print(f"\n{recipe.model.name}, batch {batch_size}\n\n| step | images/s | time over the bare step |\n|---|---|---|")
     bare = list(times)[1]
     for name, seconds in times.items():
-        print(f"| {name} | {rate(seconds, UPDATES_A_ROW * batch_size)} | {ratio(times, name, bare)} |", flush=True)
+        print(f"| {name} | {rate(seconds, updates * batch_size)} | {ratio(times, name, bare)} |", flush=True)
 
 
-def _trained(trainer: Trainer) -> None:
+def _trained(trainer: Trainer, updates: int) -> Callable[[], None]:
     """What `gbnzoo.train.train` does in so many updates and for one row of the log."""
-    trainer.model.train()
-    done = trainer.first_update
-    for update in range(done, done + UPDATES_A_ROW):
-        trainer.set_rates(update)
-        trainer.add_gradients(update)
-        grad_norm = trainer.clip_gradients(update)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        trainer.count_update()
-    trainer.first_update = done + UPDATES_A_ROW
-    trainer.agree(trainer.first_update, False)
-    trainer.log(trainer.first_update, grad_norm, bar=trainer.progress_bar(False))
+
+    def train() -> None:
+        trainer.model.train()
+        done = trainer.first_update
+        for update in range(done, done + updates):
+            trainer.set_rates(update)
+            trainer.add_gradients(update)
+            grad_norm = trainer.clip_gradients(update)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            trainer.count_update()
+        trainer.first_update = done + updates
+        trainer.agree(trainer.first_update, False)
+        trainer.log(trainer.first_update, grad_norm, bar=trainer.progress_bar(False))
+
+    return train
 
 
-def _bare_step(trainer: Trainer, ghost_batch_size: int) -> Callable[[], None]:
+def _bare_step(trainer: Trainer, ghost_batch_size: int, updates: int) -> Callable[[], None]:
     model = fuse_ghost_batchnorm(build_model(trainer.recipe, trainer.train_set, ghost_batch_size))
-    model.to(memory_format=torch.channels_last)
+    model.to(trainer.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(trainer.recipe.optimizer, model)
     images, labels = _random_batch(trainer, torch.channels_last)
 
     def step() -> None:
-        for _ in range(UPDATES_A_ROW):
-            with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(updates):
+            with torch.autocast(trainer.device.type, torch.bfloat16):
                 loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
@@ -110,19 +140,23 @@ def _bare_step(trainer: Trainer, ghost_batch_size: int) -> Callable[[], None]:
     return step
 
 
-def _timm_loop(trainer: Trainer, batch_size: int, amp_dtype: torch.dtype | None) -> Callable[[], None]:
+def _timm_loop(
+    trainer: Trainer, batch_size: int, amp_dtype: torch.dtype | None, updates: int, *, compiled: bool = False
+) -> Callable[[], None]:
     """The body of timm's train.py, `--channels-last --amp --amp-dtype bfloat16` where amp_dtype is given."""
     model = gbnzoo.revert_ghost_batchnorm(build_model(trainer.recipe, trainer.train_set, batch_size))
     memory_format = torch.channels_last if amp_dtype else torch.contiguous_format
-    model.to(memory_format=memory_format)
+    model.to(trainer.device, memory_format=memory_format)
     optimizer = create_optimizer_v2(model, opt="momentum", lr=0.1, weight_decay=1e-4, momentum=0.9)
     images, labels = _random_batch(trainer, memory_format)
-    autocast = (lambda: torch.autocast("cpu", amp_dtype)) if amp_dtype else contextlib.nullcontext
+    if compiled:
+        model = torch.compile(model)
+    autocast = (lambda: torch.autocast(trainer.device.type, amp_dtype)) if amp_dtype else contextlib.nullcontext
     losses = timm.utils.AverageMeter()
 
     def step() -> None:
         model.train()
-        for _ in range(UPDATES_A_ROW):
+        for _ in range(updates):
             with autocast():
                 loss = nn.functional.cross_entropy(model(images), labels)
             losses.update(loss.item(), batch_size)
@@ -136,8 +170,8 @@ def _timm_loop(trainer: Trainer, batch_size: int, amp_dtype: torch.dtype | None)
 
 def _random_batch(trainer: Trainer, memory_format: torch.memory_format) -> tuple[torch.Tensor, torch.Tensor]:
     size = trainer.regime.batch_size
-    images = torch.randn(size, *trainer.train_set.input_size).to(memory_format=memory_format)
-    return images, torch.randint(len(trainer.train_set.class_names), (size,))
+    images = torch.randn(size, *trainer.train_set.input_size, device=trainer.device).to(memory_format=memory_format)
+    return images, torch.randint(len(trainer.train_set.class_names), (size,), device=trainer.device)
 
 
 if __name__ == "__main__":

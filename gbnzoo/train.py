@@ -53,6 +53,7 @@ def train(
     checkpoint_seconds: float = 60,
     timeout_seconds: float = LOST_SECONDS,
     compile_backend: str | None = None,
+    cuda_graphs: bool = True,
     show_progress: bool = True,
 ) -> Path:
     """Train a recipe to its last update, scoring it on the validation split where the recipe holds one out, else the test.
@@ -69,6 +70,7 @@ def train(
         checkpoint_seconds: time between checkpoints.
         timeout_seconds: how long a process waits for another before it takes it for lost.
         compile_backend: of torch.compile, for the forward pass of training; None for none. Sums are then rounded otherwise.
+        cuda_graphs: whether one process on a CUDA device replays its passes from a graph; only speed and memory change.
         show_progress: a progress bar, or a line for each evaluation where the output is not a terminal.
 
     Returns:
@@ -93,6 +95,7 @@ def train(
             checkpoint_seconds=checkpoint_seconds,
             timeout_seconds=timeout_seconds,
             compile_backend=compile_backend,
+            cuda_graphs=cuda_graphs,
         )
         with trainer.opened_run(resume), trainer.progress_bar(show_progress) as bar:
             total_updates = trainer.regime.total_updates
@@ -154,6 +157,13 @@ def main(
             help="torch.compile the network's training pass; never tried on a GPU, no gain on CPUs",
         ),
     ] = False,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="on one CUDA device, replay each pass from a graph; a network that waits for the host cannot",
+        ),
+    ] = True,
 ) -> None:
     """Train a recipe. The result depends on recipe and seed alone, not on the machine.
 
@@ -175,6 +185,7 @@ def main(
                 checkpoint_seconds=checkpoint_seconds,
                 timeout_seconds=timeout_seconds,
                 compile_backend="inductor" if compile else None,
+                cuda_graphs=cuda_graphs,
             )
             if PartialState().is_main_process:
                 print(folder)

@@ -41,6 +41,7 @@ from gbnzoo.data import (
     with_random_labels,
 )
 from gbnzoo.fusion import fuse_ghost_batchnorm
+from gbnzoo.graphs import GraphedPass
 from gbnzoo.image_files import ImageFiles, open_images
 from gbnzoo.launch import connect, on_first_process
 from gbnzoo.metrics import Metrics, evaluate
@@ -73,6 +74,7 @@ class Trainer:
         checkpoint_seconds: float,
         timeout_seconds: float,
         compile_backend: str | None = None,
+        cuda_graphs: bool = True,
     ):
         check_recipe(recipe)
         self.recipe, self.folder = recipe, Path(out) / recipe.run_name
@@ -116,6 +118,10 @@ class Trainer:
         self.compile_backend = compile_backend
         if compile_backend:
             compile_training(self.bare_model, compile_backend)
+        self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and self.world_size == 1
+        self.train_pass = self._train_pass
+        if self.cuda_graphs:
+            self.train_pass = GraphedPass(self._train_pass, self.parameters, accumulates=len(self.positions) > 1)
 
     def _choose_micro_batch(self) -> int:
         """That of the run's last start on this machine, or the fastest where to measure pays, or the rule's."""
@@ -219,16 +225,23 @@ class Trainer:
             torch.manual_seed(hash((self.recipe.seed, update, int(self.positions[step][0]))))
             is_last = step == len(self.positions) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                losses = sample_losses(self.recipe, self.model(batch.images), batch.labels)
-                loss += losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
+                noise = None
                 if self.noise_kind == "multiplicative":
                     noise = keyed_normal(self.recipe.seed, "gradient_noise", batch.epochs, batch.indices)
-                    noise = noise.to(losses, non_blocking=True)
-                    losses = losses * (1 + self.regime.gradient_noise_sigma * noise)
-                # Data parallelism averages over processes; times their number, that is the mean over the global batch.
-                self.accelerator.backward(losses.sum() * (self.world_size / self.regime.batch_size))
+                    noise = noise.to(self.device, self.dtype, non_blocking=True)
+                loss += self.train_pass(batch.images, batch.labels, noise)
         self.loss_sum += loss
         self.first_bad_update.clamp_(max=torch.where(loss.isfinite(), self.regime.total_updates, update))
+
+    def _train_pass(self, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
+        """Add a micro-batch's part of the gradient; returns its part of the loss."""
+        losses = sample_losses(self.recipe, self.model(images), labels)
+        loss = losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
+        if noise is not None:
+            losses = losses * (1 + self.regime.gradient_noise_sigma * noise)
+        # Data parallelism averages over processes; times their number, that is the mean over the global batch.
+        self.accelerator.backward(losses.sum() * (self.world_size / self.regime.batch_size))
+        return loss
 
     def clip_gradients(self, update: int) -> Tensor | None:
         """Clip, and return the gradient's norm before clipping where it was needed."""
@@ -422,6 +435,7 @@ class Trainer:
             "processes_per_ghost": layout.processes_per_ghost,
             "threads": torch.get_num_threads(),
             "compile_backend": self.compile_backend,
+            "cuda_graphs": self.cuda_graphs,
             "hardware": tuning.device_name(self.device),
             "commit": _commit(),
             "versions": {

@@ -13,6 +13,7 @@ import timm
 import torch
 from processes import Together, run_together
 
+from gbnzoo.models.cifar_resnet import CifarResNet
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import LOG_COLUMNS, TIMED_COLUMNS, Run, RunError
 from gbnzoo.train import train
@@ -359,8 +360,43 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
+@pytest.mark.parametrize(
+    ("micro_batch_size", "overrides"),
+    [
+        pytest.param(64, [], id="whole"),
+        pytest.param(16, ["gradient_noise={kind: multiplicative, sigma: 0.5}"], id="accumulated"),
+        pytest.param(32, ["model.args={drop_rate: 0.3}"], id="dropout"),
+    ],
+)
+def test_graphs_change_only_the_time(tmp_path, micro_batch_size, overrides):
+    runs = [
+        trained(tmp_path / str(on), "precision=fp64", *overrides, micro_batch_size=micro_batch_size, cuda_graphs=on)
+        for on in (False, True)
+    ]
+    assert [run.environments()[0]["cuda_graphs"] for run in runs] == [False, True]
+    torch.testing.assert_close(*map(final_weights, runs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_network_that_waits_for_the_host_is_told_what_to_do(tmp_path, monkeypatch):
+    forward = CifarResNet.forward
+
+    def waiting(self, x):
+        return forward(self, x) * x.sum().isfinite().item()
+
+    monkeypatch.setattr(CifarResNet, "forward", waiting)
+    with pytest.raises(RunError, match=r"cannot be captured as a CUDA graph: .*--no-cuda-graphs"):
+        trained(tmp_path)
+
+
+@pytest.mark.gpu
+@needs_cuda
 def test_an_update_never_makes_the_host_wait_for_the_gpu(tmp_path):
     noise = "gradient_noise={kind: multiplicative, sigma: 0.5}"
     recipe = load_recipe(DIGITS, [*SHORT, noise, "data.augment=pad1_crop", "precision=bf16"], rung="gbn")
