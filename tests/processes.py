@@ -14,6 +14,7 @@ import torch
 os.environ["JOBLIB_MULTIPROCESSING"] = (
     "0"  # scikit-learn's joblib leaves semaphores behind in processes that are killed
 )
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a server that has asked CUDA itself has no children that can use it
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["gbnzoo.train", "sklearn.datasets"])
 

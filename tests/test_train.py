@@ -397,6 +397,7 @@ def test_a_network_that_waits_for_the_host_is_told_what_to_do(tmp_path, monkeypa
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_an_update_never_makes_the_host_wait_for_the_gpu(tmp_path):
     noise = "gradient_noise={kind: multiplicative, sigma: 0.5}"
     recipe = load_recipe(DIGITS, [*SHORT, noise, "data.augment=pad1_crop", "precision=bf16"], rung="gbn")
