@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.norm
 
-Layers train, running statistics included, as their users call them: on one thread in CPU time, on a GPU by its own events, with
-all contenders of a row in turns. The same allocator settings hold for all, see gbnzoo.allocator.
+Layers train, running statistics included, as their users call them: on one thread in CPU time, on a GPU by its own events from
+CUDA graphs, so that no host is timed, with all contenders of a row in turns. The same allocator settings hold for all, see
+gbnzoo.allocator.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -22,6 +24,8 @@ from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.kernels import cpu
 
 SHAPES = [(512, 16, 32, 32), (512, 32, 16, 16), (512, 64, 8, 8), (64, 256, 56, 56), (512, 512)]
+SHAPES_ON_GPU = [(4096, 16, 32, 32), (4096, 32, 16, 16), (4096, 64, 8, 8), (256, 256, 56, 56), (4096, 512)]
+CALLS_A_GRAPH = 10
 SECONDS_A_ROUND = 2e-3  # at least: shorter calls are repeated
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,6 +59,21 @@ class ViewTrick(nn.Module):
         folded = x.view(-1, self.splits * x.shape[1], *x.shape[2:])
         y = nn.functional.batch_norm(folded, self.running_mean, self.running_var, weight, bias, True, 0.1, 1e-5)
         return y.view_as(x)
+
+
+class CudnnNorm(nn.Module):
+    """cuDNN's BatchNorm, which torch takes or not by rules of its own."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        norm.num_batches_tracked.add_(1)
+        return torch.cudnn_batch_norm(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )[0]
 
 
 class AddRelu(nn.Module):
@@ -100,6 +119,10 @@ def contenders(x: Tensor, ghost: int, inductor: bool) -> dict[str, nn.Module]:
     }
     if x.is_contiguous():
         layers["view trick"] = ViewTrick(norm(), ghost, x.shape[0])
+    if x.is_cuda and x.dim() == 4:
+        with contextlib.suppress(RuntimeError):  # it does not take every layout in every dtype
+            CudnnNorm(norm()).to(x.device)(x)
+            layers["cuDNN"] = CudnnNorm(norm())
     if inductor:
         for name in ("BatchNorm", "BatchNorm +ReLU", "BatchNorm +add+ReLU"):
             layers[name.replace("BatchNorm", "inductor")] = torch.compile(layers[name])
@@ -129,19 +152,30 @@ def measure(contenders: dict[str, Callable[[], object]], rounds: int, device: st
         number = max(1, math.ceil(SECONDS_A_ROUND / min(min(times) for times in once.values())))
         times = interleave({name: _repeated(call, number) for name, call in contenders.items()}, rounds, clock=clock)
         return {name: [seconds / number for seconds in each] for name, each in times.items()}
-    number = 10
-    repeated = {name: _repeated(call, number) for name, call in contenders.items()}
+    graphs = {name: _captured(_repeated(call, CALLS_A_GRAPH)) for name, call in contenders.items()}
     times = {name: [] for name in contenders}
     for i in range(rounds + 3):
-        for name, call in repeated.items():
+        for name, graph in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            call()
+            graph.replay()
             end.record()
             end.synchronize()
             if i >= 3:
-                times[name].append(begin.elapsed_time(end) / 1e3 / number)
+                times[name].append(begin.elapsed_time(end) / 1e3 / CALLS_A_GRAPH)
     return times
+
+
+def _captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()  # compiles
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def _repeated(call: Callable[[], object], number: int) -> Callable[[], None]:
@@ -180,7 +214,9 @@ def main(
             raise SystemExit(f"no {instruction_set} kernel was compiled, or this processor cannot run it")
     keep_freed_memory()
     torch.manual_seed(0)
-    chosen = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")] if shapes else SHAPES
+    chosen = SHAPES_ON_GPU if device == "cuda" else SHAPES
+    if shapes:
+        chosen = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
     print(torch.cuda.get_device_name() + "; " + setting() if device == "cuda" else setting())
     for ghost in map(int, ghosts.split(",")):
         print(
