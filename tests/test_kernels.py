@@ -70,14 +70,14 @@ def laid_out(x, layout):
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
-def oracle(x, weight, bias, ghost_rows, residual=None, relu=False):
+def oracle(x, weight, bias, ghost_rows, residual=None, relu=False, eps=1e-5):
     """In float64, BatchNorm shown the ghosts one after the other, the last one with the remainder."""
     x, weight, bias = (None if tensor is None else tensor.double() for tensor in (x, weight, bias))
     whole = max(1, len(x) // ghost_rows) - 1
     pieces, means, variances = [], [], []
     for ghost in x.split([ghost_rows] * whole + [len(x) - whole * ghost_rows]):
         mean, variance = (torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-        pieces.append(F.batch_norm(ghost, mean, variance, weight, bias, training=True, momentum=1.0))
+        pieces.append(F.batch_norm(ghost, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps))
         means.append(mean)
         variances.append(variance)
     y = torch.cat(pieces)
@@ -137,6 +137,39 @@ def test_far_from_zero_the_error_is_below_twice_that_of_batchnorm(mean, layout):
     torch.testing.assert_close(variance.double(), true_variance, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("rows", [2, 16, 33, 128, 129])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("instruction_set")
+def test_ghosts_of_few_rows_and_many_channels(dtype, rows):
+    x = (torch.randn(2 * rows + 1, 150) + 2).to(dtype)
+    inputs = [tensor.requires_grad_() for tensor in (x, torch.rand(150) + 0.5, torch.randn(150))]
+    y, mean, variance = cpu.ghost_batch_norm(*inputs, rows, 1e-2, relu=True)
+    true_y, true_mean, true_variance = oracle(*inputs, rows, relu=True, eps=1e-2)
+    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), true_variance, rtol=4e-6, atol=1e-6)
+    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
+    torch.testing.assert_close(y.double(), true_y, **close)
+
+    dy = torch.randn_like(x) * ((true_y > 1e-3) | (true_y == 0))
+    close["atol"] *= 10
+    ours, true = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(true_y, inputs, dy.double())
+    for mine, other in zip(ours, true, strict=True):
+        torch.testing.assert_close(mine, other, **close)
+
+
+@pytest.mark.parametrize("unlike", [0, 1, 4])
+@pytest.mark.usefixtures("instruction_set")
+def test_few_rows_far_from_zero_with_some_unlike_the_others(unlike):
+    """Four rows are what the mean is first guessed from."""
+    x = 0.1 * torch.randn(64, 100) + 1000
+    x[:: 64 // 4, 40:70][:unlike] = 0
+    ours, _, variance = cpu.ghost_batch_norm(x, None, None, 64, 1e-5)
+    theirs = F.batch_norm(x, None, None, training=True)
+    truth, _, true_variance = oracle(x, None, None, 64)
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+    torch.testing.assert_close(variance.double(), true_variance, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("instruction_set")
 def test_first_samples_unlike_all_others_cancel_no_digits(layout):
@@ -158,6 +191,14 @@ def test_nan_and_infinity_reach_the_output_of_their_ghost_and_no_other(relu, lay
         expected = torch.zeros_like(y, dtype=torch.bool)
         expected[:GHOST, 2] = True
         torch.testing.assert_close(y.isnan(), expected)
+
+        x = torch.randn(16, 90)
+        x[1, 2] = x[9, 85] = bad
+        for dtype in DTYPES:
+            y, *_ = cpu.ghost_batch_norm(x.to(dtype), None, None, GHOST, 1e-5, relu=relu)
+            expected = torch.zeros_like(y, dtype=torch.bool)
+            expected[:GHOST, 2] = expected[GHOST:, 85] = True
+            torch.testing.assert_close(y.isnan(), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -35,6 +36,9 @@ constexpr int64_t kCutChannels = 64;        // that a channels-last ghost is cut
 constexpr int64_t kRowsAtOnce = 8;          // that are crossed together where they are wider than a strip
 constexpr int64_t kStreamedOutput = 24 << 20;  // an output above this would only push other things out of the cache
 
+constexpr int64_t kShortRows = 128;          // of a ghost, at most, to be crossed a strip at a time
+constexpr int64_t kStripWidth = 4 * kLanes;
+
 // ---------------------------------------------------------------------------------------------------------- vectors
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -54,11 +58,21 @@ inline Vec load(const float* p) {
   return v;
 }
 
+#if defined(__AVX512F__)
+// Every value into the upper half of its lane, in one instruction; to widen and to shift are two.
+inline Vec widened(__m256i h) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  constexpr Words from = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                          0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)from, _mm512_castsi256_si512(h));
+}
+#endif
+
 inline Vec load(const bf16* p) {
   Half h;
   std::memcpy(&h, p, sizeof h);
-#if defined(__AVX512F__)  // gcc 12 widens by halves when left alone
-  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+#if defined(__AVX512F__)
+  return widened((__m256i)h);
 #elif defined(__AVX2__)
   return (Vec)((Bits)_mm256_cvtepu16_epi32((__m128i)h) << 16);
 #else
@@ -97,6 +111,25 @@ inline void store(bf16* p, Vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// Where v is 0 or infinite the first approximation is right, and its refinement not a number.
+inline Vec inverse_root(Vec v) {
+#if defined(__AVX512F__)
+  const Vec r = (Vec)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v), refined = r + r * 0.5f * (1 - v * r * r);
+  return refined == refined ? refined : r;
+#else
+  float values[kLanes];
+  store<false>(values, v);
+  for (int l = 0; l < kLanes; ++l) values[l] = 1.f / std::sqrt(values[l]);
+  return load(values);
+#endif
+}
+
+inline bool any(Index mask) {
+  int32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= mask[l];
+  return bits;
+}
+
 inline void finish_streaming() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -107,8 +140,7 @@ inline void finish_streaming() {
 #if defined(__AVX512F__)
 inline Vec load_part(const float* p, int64_t lanes) { return (Vec)_mm512_maskz_loadu_ps((1u << lanes) - 1, p); }
 inline Vec load_part(const bf16* p, int64_t lanes) {
-  const __m256i h = _mm256_maskz_loadu_epi16((1u << lanes) - 1, p);
-  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, h) << 16);
+  return widened(_mm256_maskz_loadu_epi16((1u << lanes) - 1, p));
 }
 inline void store_part(float* p, Vec v, int64_t lanes) { _mm512_mask_storeu_ps(p, (1u << lanes) - 1, (__m512)v); }
 inline void store_part(bf16* p, Vec v, int64_t lanes) {
@@ -146,6 +178,21 @@ inline Vec load(const T* p, int64_t lanes) {
 template <bool PART, bool STREAM, class T>
 inline void store(T* p, Vec v, int64_t lanes) {
   PART ? store_part(p, v, lanes) : store<STREAM>(p, v);
+}
+
+// V vectors, or the one that is a part; of bfloat16 two at a time, which make a whole cache line.
+template <int V, bool PART, bool STREAM, class T>
+INLINE void store_all(T* p, const Vec* v, int64_t lanes) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16> && V % 2 == 0 && !PART) {
+    for (int i = 0; i < V; i += 2) {
+      const __m512i two = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]);
+      STREAM ? _mm512_stream_si512((__m512i*)(p + i * kLanes), two) : _mm512_storeu_si512(p + i * kLanes, two);
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < V; ++i) store<PART, STREAM>(p + i * kLanes, v[i], lanes);
 }
 
 template <bool PART>
@@ -308,6 +355,13 @@ struct Columns : Problem {
 
 // -------------------------------------------------------------------------------------------------------- operations
 
+// How the values of a ghost are crossed twice.
+enum Way {
+  kSlab,   // a slab for its sums, then for its results: the sums ask ahead for what is in memory
+  kStrip,  // one strip for both, of few rows
+  kKept,   // the same, for which the sums keep what they take in float32: it is converted once
+};
+
 // A constant for each column, readable a vector at a time to past the last.
 template <bool SHARED>
 INLINE Vec constant(const float* values, int64_t column, int v) {
@@ -337,28 +391,31 @@ struct Sums {
 
 // Σ (x - shift) and Σ (x - shift)². Values on a grid, as bfloat16's are, have squares that all round the same way: short sums
 // of them, summed, err by less than one long sum does.
-template <class T, bool SHARED>
+template <class T, bool SHARED, Way WAY = kSlab>
 struct Moments {
   static constexpr int kStreams = 1;
   static constexpr int64_t kShort = 32;
   const T* x;
   const float* shift;
   Sums sums;
+  float* kept = nullptr;
 
   template <int V, bool PART>
   INLINE void strip(const Strip& s) const {
     Vec k[V];
     for (int v = 0; v < V; ++v) k[v] = constant<SHARED>(shift, s.column, v);
     const T* p = x + s.offset;
+    float* to = kept + s.column;
     for (int64_t begin = 0; begin < s.rows; begin += kShort) {
       Vec a[V] = {}, b[V] = {};
       const int64_t end = std::min(s.rows, begin + kShort);
-      for (int64_t r = begin; r < end; ++r, p += s.stride) {
-        prefetch<V>(p + s.ahead);
+      for (int64_t r = begin; r < end; ++r, p += s.stride, to += kStripWidth) {
+        if (WAY == kSlab) prefetch<V>(p + s.ahead);
         for (int v = 0; v < V; ++v) {
           const Vec d = first<PART>(load<PART>(p + v * kLanes, s.lanes) - k[v], s.lanes);
           a[v] += d;
           b[v] += d * d;
+          if (WAY == kKept) store<false>(to + v * kLanes, d);
         }
       }
       sums.template add<SHARED, V>(s.column, a, b);
@@ -366,13 +423,13 @@ struct Moments {
   }
 };
 
-// y = (x - mean) · scale + bias, then + residual, then max(0, ·).
-template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM>
+// y = (x - mean) · scale + bias, then + residual, then max(0, ·). What was kept is x minus what `mean` is relative to.
+template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM, Way WAY = kSlab>
 struct Normalize {
   static constexpr int kStreams = 1;
   const T *x, *residual;
   T* y;
-  const float *mean, *scale, *bias;
+  const float *mean, *scale, *bias, *kept = nullptr;
 
   template <int V, bool PART>
   INLINE void strip(const Strip& s) const {
@@ -384,15 +441,18 @@ struct Normalize {
     }
     const T *const from = x, *const other = residual;
     T* const to = y;
-    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
-      if (ADD) prefetch<V>(other + i + s.ahead);
+    const float* again = kept + s.column;
+    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride, again += kStripWidth) {
+      if (ADD && WAY == kSlab) prefetch<V>(other + i + s.ahead);
       prefetch_output<V, SHARED, STREAM>(to + i + s.ahead);
+      Vec values[V];
       for (int v = 0; v < V; ++v) {
-        Vec value = (load<PART>(from + i + v * kLanes, s.lanes) - m[v]) * a[v] + b[v];
-        if (ADD) value += load<PART>(other + i + v * kLanes, s.lanes);
-        if (RELU) value = relu(value);
-        store<PART, STREAM>(to + i + v * kLanes, value, s.lanes);
+        const Vec d = WAY == kKept ? load(again + v * kLanes) : load<PART>(from + i + v * kLanes, s.lanes);
+        values[v] = (d - m[v]) * a[v] + b[v];
+        if (ADD) values[v] += load<PART>(other + i + v * kLanes, s.lanes);
+        if (RELU) values[v] = relu(values[v]);
       }
+      store_all<V, PART, STREAM>(to + i, values, s.lanes);
     }
   }
 };
@@ -411,7 +471,7 @@ struct Incoming {
 };
 
 // Σ d and Σ d · (x - mean), d the gradient behind the ReLU; d is also the residual's gradient.
-template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM>
+template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM, Way WAY = kSlab>
 struct GradientSums {
   static constexpr int kStreams = 2;
   const T* x;
@@ -419,6 +479,7 @@ struct GradientSums {
   T* dresidual;
   const float *mean, *scale, *bias;
   Sums sums;
+  float *kept = nullptr, *kept_d = nullptr;
 
   template <int V, bool PART>
   INLINE void strip(const Strip& s) const {
@@ -432,9 +493,9 @@ struct GradientSums {
     T* const to = dresidual;
     const Incoming<T, ADD, RELU> in = incoming;
     for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
-      prefetch<V>(from + i + s.ahead);
-      prefetch<V>(in.dy + i + s.ahead);
-      if (ADD && RELU) prefetch<V>(in.y + i + s.ahead);
+      if (WAY == kSlab) prefetch<V>(from + i + s.ahead);
+      if (WAY == kSlab) prefetch<V>(in.dy + i + s.ahead);
+      if (ADD && RELU && WAY == kSlab) prefetch<V>(in.y + i + s.ahead);
       for (int v = 0; v < V; ++v) {
         const int64_t at = i + v * kLanes;
         const Vec centred = load<PART>(from + at, s.lanes) - m[v];
@@ -442,6 +503,8 @@ struct GradientSums {
         if (ADD && RELU) store<PART, STREAM>(to + at, d, s.lanes);
         a[v] += d;
         b[v] += d * centred;
+        const int64_t again = r * kStripWidth + s.column + v * kLanes;
+        if (WAY == kKept) store<false>(kept + again, centred), store<false>(kept_d + again, d);
       }
     }
     sums.template add<SHARED, V>(s.column, a, b);
@@ -449,13 +512,13 @@ struct GradientSums {
 };
 
 // dx = scale · d - (x - mean) · slope - offset.
-template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM>
+template <class T, bool SHARED, bool ADD, bool RELU, bool STREAM, Way WAY = kSlab>
 struct GradientApply {
   static constexpr int kStreams = 2;
   const T* x;
   Incoming<T, ADD, RELU> incoming;
   T* dx;
-  const float *mean, *scale, *bias, *slope, *offset;
+  const float *mean, *scale, *bias, *slope, *offset, *kept = nullptr, *kept_d = nullptr;
 
   template <int V, bool PART>
   INLINE void strip(const Strip& s) const {
@@ -472,12 +535,14 @@ struct GradientApply {
     const Incoming<T, ADD, RELU> in = incoming;
     for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
       prefetch_output<V, SHARED, STREAM>(to + i + s.ahead);
+      Vec values[V];
       for (int v = 0; v < V; ++v) {
-        const int64_t at = i + v * kLanes;
-        const Vec centred = load<PART>(from + at, s.lanes) - m[v];
-        const Vec d = in.template at<PART>(at, s.lanes, centred, g[v], h[v]);
-        store<PART, STREAM>(to + at, g[v] * d - centred * a[v] - b[v], s.lanes);
+        const int64_t at = i + v * kLanes, again = r * kStripWidth + s.column + v * kLanes;
+        const Vec centred = WAY == kKept ? load(kept + again) : load<PART>(from + at, s.lanes) - m[v];
+        const Vec d = WAY == kKept ? load(kept_d + again) : in.template at<PART>(at, s.lanes, centred, g[v], h[v]);
+        values[v] = g[v] * d - centred * a[v] - b[v];
       }
+      store_all<V, PART, STREAM>(to + i, values, s.lanes);
     }
   }
 };
@@ -630,6 +695,38 @@ struct Folding {
   }
 };
 
+// Whether a thread crosses all of a channels-last ghost, and a strip of it at a time: one that stays in the L1 cache from its
+// first value to its last result. Nothing is asked for ahead there; that cost a tenth.
+template <class Layout>
+bool has_short_strips(const Layout& layout, const Slab& s, int64_t parts) {
+  return !Layout::kSharedColumn && parts == 1 && layout.repeats() == 1 && s.channels == layout.channels && s.rows <= kShortRows;
+}
+
+// Float32 is read anew, last row first: some of it is still in the L1 cache, where a buffer's stores would delay its loads.
+template <class T>
+constexpr Way kShortWay = sizeof(T) == 2 ? kKept : kStrip;
+
+template <Way WAY>
+Strip again(const Strip& s) {
+  return WAY == kKept ? s : Strip{s.offset + (s.rows - 1) * s.stride, s.rows, -s.stride, 0, 0, 0};
+}
+
+// Calls f(strip, channel, channels) for strips of a slab.
+template <class F>
+void each_strip(const Columns& layout, const Slab& s, const F& f) {
+  for (int64_t c = 0; c < s.channels; c += kStripWidth)
+    f(Strip{layout.at(s.row, c), s.rows, layout.channels, 0, 0, 0}, c, std::min(kStripWidth, s.channels - c));
+}
+
+// Calls f(channel, lanes) for vectors of channels.
+template <class F>
+void each_vector(int64_t channels, const F& f) {
+  for (int64_t c = 0; c < channels; c += kLanes) f(c, std::min<int64_t>(kLanes, channels - c));
+}
+
+inline Vec load_lanes(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load_part(p, lanes); }
+inline void store_lanes(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store<false>(p, v) : store_part(p, v, lanes); }
+
 template <class T>
 struct Forward {
   const T *x, *residual;
@@ -643,6 +740,8 @@ struct Forward {
   void run(const Layout& layout, int64_t threads) const {
     constexpr bool kShared = Layout::kSharedColumn;
     each_slab(layout, sizeof(T), threads, [&](int64_t ghost, const Slab& s, int64_t parts) {
+      if constexpr (!kShared)
+        if (has_short_strips(layout, s, parts)) return cross<ADD, RELU, STREAM>(layout, ghost, s);
       const int64_t repeats = layout.repeats(), first = ghost * layout.channels + s.channel;
       Scratch scratch(kConstants, 3, s.channels * repeats);
       float *means = scratch.row(0), *scales = scratch.row(1), *biases = scratch.row(2);
@@ -669,6 +768,46 @@ struct Forward {
       });
     });
     folding.fold(layout, mean, variance);
+  }
+
+  // What `run` does with a slab, for one of short strips.
+  template <bool ADD, bool RELU, bool STREAM>
+  void cross(const Columns& layout, int64_t ghost, const Slab& s) const {
+    constexpr Way kWay = kShortWay<T>;
+    alignas(64) float guesses[kStripWidth], means[kStripWidth], scales[kStripWidth], biases[kStripWidth];
+    alignas(64) float sums[2][kStripWidth], kept[kWay == kKept ? kShortRows * kStripWidth : 1];
+    const Moments<T, false, kWay> moments{x, guesses, {sums[0], sums[1]}, kept};
+    const Normalize<T, false, ADD, RELU, STREAM, kWay> normalize{x, residual, y, means, scales, biases, kept};
+    const float per_value = 1.f / s.rows, unbias = (float)s.rows / (s.rows - 1);
+    each_strip(layout, s, [&](const Strip& strip, int64_t channel, int64_t channels) {
+      const int64_t at = ghost * layout.channels + channel;
+      std::memset(guesses, 0, sizeof guesses);
+      guess_means(layout, Slab{s.row, s.rows, channel, channels}, guesses);
+      for (int attempt = 0, is_off = 1; is_off && attempt < 2; ++attempt) {
+        if (attempt) std::memcpy(guesses, means, sizeof means);
+        std::memset(sums, 0, sizeof sums);
+        layout.across(moments, strip, channels);
+        Index off = {};
+        each_vector(channels, [&](int64_t c, int64_t lanes) {
+          const Vec guess = load(guesses + c), d = load(sums[0] + c) * per_value;
+          Vec v = load(sums[1] + c) * per_value - d * d;
+          off |= d * d > 64 * v;
+          v = v < 0 ? Vec{} : v;
+          const Vec i = inverse_root(v + eps);
+          store_lanes(mean + at + c, guess + d, lanes);
+          store_lanes(variance + at + c, v * unbias, lanes);
+          store_lanes(invstd + at + c, i, lanes);
+          store<false>(means + c, guess + d);
+          store<false>(scales + c, weight ? i * load_lanes(weight + channel + c, lanes) : i);
+          store<false>(biases + c, bias ? load_lanes(bias + channel + c, lanes) : Vec{});
+        });
+        is_off = any(off);
+      }
+      if (kWay == kKept)
+        for (int64_t c = 0; c < kStripWidth; ++c) means[c] -= guesses[c];
+      layout.across(normalize, again<kWay>(strip), channels);
+    });
+    if (STREAM) finish_streaming();
   }
 
   // Means of a few values of each channel.
@@ -724,6 +863,8 @@ struct Backward {
     Scratch of_ghosts(kOfGhosts, 2, layout.ghosts() * layout.channels);
     float *dweights = of_ghosts.row(0), *dbiases = of_ghosts.row(1);
     each_slab(layout, 2 * sizeof(T), threads, [&](int64_t ghost, const Slab& s, int64_t parts) {
+      if constexpr (!kShared)
+        if (has_short_strips(layout, s, parts)) return cross<ADD, RELU, STREAM>(layout, ghost, s, dweights, dbiases);
       const int64_t repeats = layout.repeats(), first = ghost * layout.channels + s.channel;
       Scratch scratch(kConstants, 5, s.channels * repeats);
       float *means = scratch.row(0), *scales = scratch.row(1), *biases = scratch.row(2);
@@ -752,6 +893,42 @@ struct Backward {
     });
     sum_ghosts(dweights, layout, dweight);
     sum_ghosts(dbiases, layout, dbias);
+  }
+
+  // What `run` does with a slab, for one of short strips.
+  template <bool ADD, bool RELU, bool STREAM>
+  void cross(const Columns& layout, int64_t ghost, const Slab& s, float* dweights, float* dbiases) const {
+    constexpr Way kWay = kShortWay<T>;
+    constexpr int64_t kSize = kWay == kKept ? kShortRows * kStripWidth : 1;
+    alignas(64) float means[kStripWidth], scales[kStripWidth], biases[kStripWidth], sums[2][kStripWidth];
+    alignas(64) float slopes[kStripWidth], offsets[kStripWidth], kept[kSize], kept_d[kSize];
+    const Incoming<T, ADD, RELU> incoming{dy, y};
+    const GradientSums<T, false, ADD, RELU, STREAM, kWay> gradients{
+        x, incoming, dresidual, means, scales, biases, {sums[0], sums[1]}, kept, kept_d};
+    const GradientApply<T, false, ADD, RELU, STREAM, kWay> apply{
+        x, incoming, dx, means, scales, biases, slopes, offsets, kept, kept_d};
+    const float per_value = 1.f / s.rows;
+    each_strip(layout, s, [&](const Strip& strip, int64_t channel, int64_t channels) {
+      const int64_t at = ghost * layout.channels + channel;
+      each_vector(channels, [&](int64_t c, int64_t lanes) {
+        const Vec i = load_lanes(invstd + at + c, lanes);
+        store<false>(means + c, load_lanes(mean + at + c, lanes));
+        store<false>(scales + c, weight ? i * load_lanes(weight + channel + c, lanes) : i);
+        store<false>(biases + c, bias ? load_lanes(bias + channel + c, lanes) : Vec{});
+      });
+      std::memset(sums, 0, sizeof sums);
+      layout.across(gradients, strip, channels);
+      each_vector(channels, [&](int64_t c, int64_t lanes) {
+        const Vec i = load_lanes(invstd + at + c, lanes), d = load(sums[0] + c), d_normalized = load(sums[1] + c) * i;
+        const Vec scale = load(scales + c) * per_value;
+        store_lanes(dbiases + at + c, d, lanes);
+        store_lanes(dweights + at + c, d_normalized, lanes);
+        store<false>(offsets + c, scale * d);
+        store<false>(slopes + c, scale * i * d_normalized);
+      });
+      layout.across(apply, again<kWay>(strip), channels);
+    });
+    if (STREAM) finish_streaming();
   }
 
   static void finish(int64_t channels, int64_t count, const double* __restrict totals, const float* __restrict invstd,
