@@ -34,15 +34,22 @@ RECIPES = {  # and the batch of one update
     "recipes/cifar100/wide_resnet16_4_gbn.yaml": 128,
     "recipes/mnist/mlp5_gbn.yaml": 4096,
 }
-ON_GPU = {"recipes/cifar10/resnet44_gbn.yaml": (128, 4096), "recipes/cifar100/wide_resnet16_4_gbn.yaml": (4096,)}
+ON_GPU = {
+    "recipes/cifar10/resnet44_gbn.yaml": (128, 4096),
+    "recipes/cifar10/cifar_resnet18_gbn.yaml": (4096,),
+    "recipes/cifar100/wide_resnet16_4_gbn.yaml": (4096,),
+}
 UPDATES_A_ROW = 8  # of the log; a real run writes far fewer
-UPDATES_A_ROW_ON_GPU = 40
+UPDATES_A_ROW_ON_GPU = 12
 
 
 def main(
     data_dir: Annotated[Path | None, typer.Option(help="folder with the sets; else GBNZOO_DATA, else the Hub")] = None,
     recipes: Annotated[str, typer.Option(help="such as PATH:128,PATH:4096; else those of the tables")] = "",
     rounds: int = 7,
+    inductor: Annotated[
+        bool, typer.Option("--inductor", help="timm's loop with --torchcompile too, on a GPU; takes minutes")
+    ] = False,
 ) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -55,10 +62,10 @@ def main(
     else:
         chosen = list(RECIPES.items())
     for path, batch_size in chosen:
-        measure(path, batch_size, data_dir, rounds, UPDATES_A_ROW_ON_GPU if on_gpu else UPDATES_A_ROW)
+        measure(path, batch_size, data_dir, rounds, UPDATES_A_ROW_ON_GPU if on_gpu else UPDATES_A_ROW, inductor)
 
 
-def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, updates: int) -> None:
+def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, updates: int, inductor: bool) -> None:
     overrides = [f"large.batch_size={batch_size}", "base.epochs=1000"]
     recipe = load_recipe(path, overrides, rung="gbn")
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
@@ -88,9 +95,10 @@ def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, upda
         clock = time.process_time
         if trainer.device.type == "cuda":
             contenders["gbnzoo train --no-cuda-graphs"] = _trained(opened("launched", cuda_graphs=False), updates)
-            contenders["nn.BatchNorm, bf16 channels_last, timm's loop, --torchcompile"] = _timm_loop(
-                trainer, batch_size, torch.bfloat16, updates, compiled=True
-            )
+            if inductor:
+                contenders["nn.BatchNorm, bf16 channels_last, timm's loop, --torchcompile"] = _timm_loop(
+                    trainer, batch_size, torch.bfloat16, updates, compiled=True
+                )
 
             def clock() -> float:
                 torch.cuda.synchronize()

@@ -58,8 +58,9 @@ class GraphedPass:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = self.run(*self.inputs)
         except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
             raise RunError(
-                f"a pass of this network cannot be captured as a CUDA graph: {error}; --no-cuda-graphs trains without"
+                f"a pass of this network cannot be captured as a CUDA graph ({reason}); --no-cuda-graphs trains without"
             ) from error
         self.trained = [parameter for parameter in self.parameters if parameter.grad is not None]
         self.gradients = [parameter.grad for parameter in self.trained]

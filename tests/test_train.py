@@ -391,7 +391,7 @@ def test_a_network_that_waits_for_the_host_is_told_what_to_do(tmp_path, monkeypa
         return forward(self, x) * x.sum().isfinite().item()
 
     monkeypatch.setattr(CifarResNet, "forward", waiting)
-    with pytest.raises(RunError, match=r"cannot be captured as a CUDA graph: .*--no-cuda-graphs"):
+    with pytest.raises(RunError, match=r"cannot be captured as a CUDA graph \(.*\); --no-cuda-graphs"):
         trained(tmp_path)
 
 

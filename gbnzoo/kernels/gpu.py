@@ -31,9 +31,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of each tensor that it reads, a program holds so many bytes in registers, or so many values; with more it spills.
 RESIDENT_BYTES = 64 << 10
 RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
-STREAMED_TILE = 8192  # values of a tensor that a program works on at a time where its slab is not resident
-PROGRAMS_PER_PROCESSOR = 4  # at least, where slabs are split
-VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16; assumed, like the tile, not tuned on a device
+STREAMED_TILE = 4096  # values of a tensor that a program works on at a time where its slab is not resident
+PROGRAMS_PER_PROCESSOR = 8  # at least, where slabs are split
+VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16
 
 
 class Device(NamedTuple):
