@@ -6,9 +6,9 @@ is one channel of one ghost, or, where P is 1, some adjacent channels of it. `pl
 - resident: a program holds a slab in registers, and memory is read once and written once;
 - reread: a program reads a slab for its statistics and again to normalise it, from the L2 cache: no more programs run at
   once than half of the cache holds slabs for;
-- split: several programs share a slab. One launch takes the statistics of all slabs, a second one normalises them, from the
-  last rows to the first, of which the cache still holds some. To go through the slabs in groups that fit the cache saves
-  less memory traffic than its launches cost: an H100 took a third longer.
+- pipelined: the programs take parts of slabs from one queue, in which a part is first read for its slab's statistics and, when
+  as many other slabs have been read as half of the cache holds, again to normalise it. What a program waits for stands
+  before it in the queue, where some program is at work on it, so that it never waits for one that cannot start.
 
 Values are float32, bfloat16 or float16, all arithmetic is float32.
 """
@@ -32,7 +32,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESIDENT_BYTES = 64 << 10
 RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
 STREAMED_TILE = 4096  # values of a tensor that a program works on at a time where its slab is not resident
-PROGRAMS_PER_PROCESSOR = 8  # at least, where slabs are split
+PART_VALUES = 16384  # of a slab that a program takes from the queue
+MAX_PARTS = 256  # of a slab: each program that normalises one merges the statistics of all
+PROGRAMS_PER_PROCESSOR = 8  # that take from the queue; as many as fit run at once
 VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16
 
 
@@ -49,8 +51,9 @@ class Plan:
     rows: int
     channels: int
     slabs: int
-    slabs_at_once: int  # for which there are programs
-    splits: int  # programs that share a slab
+    programs: int
+    splits: int = 1  # parts of a slab
+    ahead: int = 0  # slabs that are read for their statistics before one is normalised
 
     @property
     def warps(self) -> int:
@@ -76,17 +79,18 @@ def plan(
         rows = triton.next_power_of_2(values)
         if rows * width <= most:
             slabs = ghosts * triton.cdiv(channels, width)
-            return Plan("resident", rows, width, slabs, slabs, 1)
+            return Plan("resident", rows, width, slabs, programs=slabs)
 
     width = widths[0]
     rows = STREAMED_TILE // width
     slabs = ghosts * triton.cdiv(channels, width)
     tensors = {"forward": 1, "backward": 2}[direction]  # read twice: x; x and the gradient
-    at_once = min(slabs, device.l2_bytes // 2 // (values * width * element_bytes * tensors))
-    if pixels > 1 and at_once >= device.processors:
-        return Plan("reread", rows, width, slabs, at_once, 1)
-    splits = min(triton.cdiv(PROGRAMS_PER_PROCESSOR * device.processors, slabs), triton.cdiv(values, rows))
-    return Plan("split", rows, width, slabs, slabs, triton.next_power_of_2(splits))
+    slabs_in_l2 = min(slabs, device.l2_bytes // 2 // (values * width * element_bytes * tensors))
+    if pixels > 1 and slabs_in_l2 >= device.processors:
+        return Plan("reread", rows, width, slabs, programs=slabs_in_l2)
+    splits = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(values * width, max(PART_VALUES, rows * width))))
+    programs = min(PROGRAMS_PER_PROCESSOR * device.processors, 2 * slabs * splits)
+    return Plan("pipelined", rows, width, slabs, programs, splits, ahead=max(1, slabs_in_l2))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -273,28 +277,44 @@ def _forward(
 
 
 @triton.jit
-def _forward_statistics(
-    x, means, squares, values, values_of_part, entries,
-    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Mean and squared deviations of each part of a slab, into tensors [splits, G, C]."""
-    slab, part = tl.program_id(0), tl.program_id(1)
-    begin = part * values_of_part
-    end = tl.minimum(begin + values_of_part, values)
-    mean, _, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS, EVEN)
-    _write(means + part * entries, slab, mean, C, CHANNELS)
-    _write(squares + part * entries, slab, square, C, CHANNELS)
+def _take(queue):
+    """The next place in the queue, which is each program's alone."""
+    return tl.atomic_add(queue, 1, sem="relaxed")
 
 
 @triton.jit
-def _forward_apply(
+def _finish_part(queue, slab):
+    """Count a slab's part as read, with all that this program has written for it."""
+    tl.debug_barrier()
+    tl.atomic_add(queue + 1 + slab, 1, sem="release")
+
+
+@triton.jit
+def _await_parts(queue, slab, SPLITS: tl.constexpr):
+    """Wait until all parts of a slab are read, and see what was written for them."""
+    while tl.atomic_add(queue + 1 + slab, 0, sem="acquire") < SPLITS:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _part_moments(
+    x, means, squares, slab, begin, end, values, C: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    mean, _, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS, EVEN)
+    _write(means, slab, mean, C, CHANNELS)
+    _write(squares, slab, square, C, CHANNELS)
+
+
+@triton.jit
+def _normalize_part(
     x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
-    values, values_of_part, entries, eps,
+    slab, begin, end, values, values_of_part, entries, eps,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise each part of a slab. All its programs merge the parts' statistics and write the same result."""
-    slab, part = tl.program_id(0), tl.program_id(1)
+    """By the merged statistics of all parts, which each of them writes, and all the same."""
     means = _read_parts(means, entries, slab, C, CHANNELS, SPLITS)
     squares = _read_parts(squares, entries, slab, C, CHANNELS, SPLITS)
     count = tl.minimum(tl.maximum(values - tl.arange(0, SPLITS) * values_of_part, 0), values_of_part)
@@ -302,9 +322,38 @@ def _forward_apply(
     invstd = _save_statistics(mean, square, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
     scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
     shift = _parameter(bias, slab, C, CHANNELS, 0.0) - rest * scale
-    begin = part * values_of_part
-    end = tl.minimum(begin + values_of_part, values)
     _normalize_rows(x, residual, y, mean, scale, shift, slab, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN)
+
+
+@triton.jit
+def _forward_pipelined(
+    x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
+    queue, slabs, ahead, values, values_of_part, entries, eps,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Parts of slabs; means and squares [splits, G, C] are theirs. In the queue: step for step, the parts of slab `step` to be
+    read for their statistics, then those of slab `step - ahead` to be normalised."""
+    place = _take(queue)
+    while place < (slabs + ahead) * (2 * SPLITS):
+        step, part = place // (2 * SPLITS), place % SPLITS
+        begin = part * values_of_part
+        end = tl.minimum(begin + values_of_part, values)
+        if place % (2 * SPLITS) < SPLITS:
+            if step < slabs:
+                _part_moments(
+                    x, means + part * entries, squares + part * entries, step, begin, end, values,
+                    C, P, ROWS, CHANNELS, EVEN,
+                )  # fmt: skip
+                _finish_part(queue, step)
+        elif step >= ahead:
+            _await_parts(queue, step - ahead, SPLITS)
+            _normalize_part(
+                x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
+                step - ahead, begin, end, values, values_of_part, entries, eps,
+                C, P, RELU, ROWS, CHANNELS, EVEN, SPLITS,
+            )  # fmt: skip
+        place = _take(queue)
 
 
 @triton.jit
@@ -396,32 +445,27 @@ def _backward(
 
 
 @triton.jit
-def _backward_sums(
-    dy, x, y, weight, bias, mean, invstd, dresidual, totals, dots, values, values_of_part, entries,
+def _part_sums(
+    dy, x, y, weight, bias, mean, invstd, dresidual, totals, dots, slab, begin, end, values,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """`_sums` of each part of a slab, into tensors [splits, G, C]."""
-    slab, part = tl.program_id(0), tl.program_id(1)
     scale = _read(invstd, slab, C, CHANNELS) * _parameter(weight, slab, C, CHANNELS, 1.0)
     shift = _parameter(bias, slab, C, CHANNELS, 0.0)
-    begin = part * values_of_part
-    end = tl.minimum(begin + values_of_part, values)
     total, dot = _sums(
         dy, x, y, dresidual, _read(mean, slab, C, CHANNELS), scale, shift, slab, begin, end, values,
         C, P, RELU, ROWS, CHANNELS, EVEN,
     )  # fmt: skip
-    _write(totals + part * entries, slab, total, C, CHANNELS)
-    _write(dots + part * entries, slab, dot, C, CHANNELS)
+    _write(totals, slab, total, C, CHANNELS)
+    _write(dots, slab, dot, C, CHANNELS)
 
 
 @triton.jit
-def _backward_apply(
+def _dx_part(
     dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
-    values, values_of_part, entries,
+    slab, begin, end, values, entries,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    slab, part = tl.program_id(0), tl.program_id(1)
     total = tl.sum(_read_parts(totals, entries, slab, C, CHANNELS, SPLITS), 0)
     dot = tl.sum(_read_parts(dots, entries, slab, C, CHANNELS, SPLITS), 0)
     slab_mean, slab_invstd = _read(mean, slab, C, CHANNELS), _read(invstd, slab, C, CHANNELS)
@@ -429,12 +473,39 @@ def _backward_apply(
     _write(dbias, slab, total, C, CHANNELS)
     scale = slab_invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
     shift = _parameter(bias, slab, C, CHANNELS, 0.0)
-    begin = part * values_of_part
-    end = tl.minimum(begin + values_of_part, values)
     _dx_rows(
         dy, x, y, dx, dresidual, slab_mean, slab_invstd, scale, shift, total, dot, slab, begin, end, values,
         C, P, RELU, ROWS, CHANNELS, EVEN,
     )  # fmt: skip
+
+
+@triton.jit
+def _backward_pipelined(
+    dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
+    queue, slabs, ahead, values, values_of_part, entries,
+    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """As `_forward_pipelined`, with totals and dots [splits, G, C]."""
+    place = _take(queue)
+    while place < (slabs + ahead) * (2 * SPLITS):
+        step, part = place // (2 * SPLITS), place % SPLITS
+        begin = part * values_of_part
+        end = tl.minimum(begin + values_of_part, values)
+        if place % (2 * SPLITS) < SPLITS:
+            if step < slabs:
+                _part_sums(
+                    dy, x, y, weight, bias, mean, invstd, dresidual, totals + part * entries, dots + part * entries,
+                    step, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN,
+                )  # fmt: skip
+                _finish_part(queue, step)
+        elif step >= ahead:
+            _await_parts(queue, step - ahead, SPLITS)
+            _dx_part(
+                dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
+                step - ahead, begin, end, values, entries, C, P, RELU, ROWS, CHANNELS, EVEN, SPLITS,
+            )  # fmt: skip
+        place = _take(queue)
 
 
 @triton.jit
@@ -521,12 +592,12 @@ def _plan(direction: str, x: Tensor, channels_last: bool, ghosts: int, rows: int
     )
 
 
-def _parts(how: Plan, values: int, x: Tensor, entries: int) -> tuple[int, list[Tensor]]:
-    """The values of each part of a slab, and room for two statistics of all parts."""
+def _queue(how: Plan, values: int, x: Tensor, entries: int) -> tuple[list[Tensor], tuple]:
+    """Room for two statistics of all parts of slabs; the queue, of places taken and parts read of each slab, and its sizes."""
     tiles = triton.cdiv(values, how.rows)
-    return triton.cdiv(tiles, how.splits) * how.rows, [
-        x.new_empty((how.splits, entries), dtype=torch.float32) for _ in range(2)
-    ]
+    parts = [x.new_empty((how.splits, entries), dtype=torch.float32) for _ in range(2)]
+    queue = x.new_zeros(1 + how.slabs, dtype=torch.int32)
+    return parts, (queue, how.slabs, how.ahead, values, triton.cdiv(tiles, how.splits) * how.rows, entries)
 
 
 def forward(x, residual, weight, bias, ghost_rows, eps, relu):
@@ -540,15 +611,14 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
         part, outs = x[rows], [statistic[ghosts] for statistic in statistics.unbind()]
         how, values, constants = _plan("forward", x, channels_last, len(outs[0]), rows_of_ghost)
         ins = part, _rows(residual, rows), y[rows], weight, bias
-        if how.way != "split":
+        grid = (how.programs,)
+        if how.way == "pipelined":
+            parts, queue = _queue(how, values, x, outs[0].numel())
+            constants |= {"RELU": relu, "SPLITS": how.splits}
+            _launch(_forward_pipelined, x, grid, *ins, *parts, *outs, *queue, eps, **constants)
+        else:
             constants |= {"RELU": relu, "RESIDENT": how.way == "resident"}
-            _launch(_forward, x, (how.slabs_at_once,), *ins, *outs, how.slabs, values, eps, **constants)
-            continue
-        entries = outs[0].numel()
-        of_part, parts = _parts(how, values, x, entries)
-        grid, sizes = (how.slabs, how.splits), (values, of_part, entries)
-        _launch(_forward_statistics, x, grid, part, *parts, *sizes, **constants)
-        _launch(_forward_apply, x, grid, *ins, *parts, *outs, *sizes, eps, RELU=relu, SPLITS=how.splits, **constants)
+            _launch(_forward, x, grid, *ins, *outs, how.slabs, values, eps, **constants)
     return y, statistics
 
 
@@ -565,15 +635,13 @@ def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
         constants["RELU"] = relu
         ins = dy[rows], x[rows], _rows(y, rows), weight, bias, mean[ghosts], invstd[ghosts]
         outs = dx[rows], _rows(dresidual, rows), dweight[ghosts], dbias[ghosts]
-        if how.way != "split":
+        grid = (how.programs,)
+        if how.way == "pipelined":
+            parts, queue = _queue(how, values, x, outs[2].numel())
+            _launch(_backward_pipelined, x, grid, *ins, *outs, *parts, *queue, SPLITS=how.splits, **constants)
+        else:
             resident = how.way == "resident"
-            _launch(_backward, x, (how.slabs_at_once,), *ins, *outs, how.slabs, values, RESIDENT=resident, **constants)
-            continue
-        entries = outs[2].numel()
-        of_part, parts = _parts(how, values, x, entries)
-        grid, sizes = (how.slabs, how.splits), (values, of_part, entries)
-        _launch(_backward_sums, x, grid, *ins, outs[1], *parts, *sizes, **constants)
-        _launch(_backward_apply, x, grid, *ins, *outs, *parts, *sizes, SPLITS=how.splits, **constants)
+            _launch(_backward, x, grid, *ins, *outs, how.slabs, values, RESIDENT=resident, **constants)
     if len(mean) == 1:
         dweight, dbias = dweight[0], dbias[0]
     else:
