@@ -6,9 +6,9 @@ is one channel of one ghost, or, where P is 1, some adjacent channels of it. `pl
 - resident: a program holds a slab in registers, and memory is read once and written once;
 - reread: a program reads a slab for its statistics and again to normalise it, from the L2 cache: no more programs run at
   once than half of the cache holds slabs for;
-- pipelined: the programs take parts of slabs from one queue, in which a part is first read for its slab's statistics and, when
-  as many other slabs have been read as half of the cache holds, again to normalise it. What a program waits for stands
-  before it in the queue, where some program is at work on it, so that it never waits for one that cannot start.
+- pipelined: the programs take parts of slabs from one queue. A part is read for its slab's statistics, and the same part of
+  the slab that lies as far behind as half of the cache holds is read again, to be normalised. A program waits for
+  statistics alone, and of parts that were taken before its own, so never for a program that cannot start.
 
 Values are float32, bfloat16 or float16, all arithmetic is float32.
 """
@@ -32,9 +32,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESIDENT_BYTES = 64 << 10
 RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
 STREAMED_TILE = 4096  # values of a tensor that a program works on at a time where its slab is not resident
-PART_VALUES = 16384  # of a slab that a program takes from the queue
+PART_VALUES = 65536  # of a slab that a program takes from the queue
 MAX_PARTS = 256  # of a slab: each program that normalises one merges the statistics of all
 PROGRAMS_PER_PROCESSOR = 8  # that take from the queue; as many as fit run at once
+# Of a thread, by the bytes of a value: the compiler takes up to 120, and fewer programs would fit; with less float32 spills.
+PIPELINED_REGISTERS = {2: 80, 4: None}
 VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16
 
 
@@ -89,7 +91,7 @@ def plan(
     if pixels > 1 and slabs_in_l2 >= device.processors:
         return Plan("reread", rows, width, slabs, programs=slabs_in_l2)
     splits = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(values * width, max(PART_VALUES, rows * width))))
-    programs = min(PROGRAMS_PER_PROCESSOR * device.processors, 2 * slabs * splits)
+    programs = min(PROGRAMS_PER_PROCESSOR * device.processors, slabs * splits)
     return Plan("pipelined", rows, width, slabs, programs, splits, ahead=max(1, slabs_in_l2))
 
 
@@ -332,21 +334,19 @@ def _forward_pipelined(
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Parts of slabs; means and squares [splits, G, C] are theirs. In the queue: step for step, the parts of slab `step` to be
-    read for their statistics, then those of slab `step - ahead` to be normalised."""
+    """Parts of slabs; means and squares [splits, G, C] are theirs."""
     place = _take(queue)
-    while place < (slabs + ahead) * (2 * SPLITS):
-        step, part = place // (2 * SPLITS), place % SPLITS
+    while place < (slabs + ahead) * SPLITS:
+        step, part = place // SPLITS, place % SPLITS
         begin = part * values_of_part
         end = tl.minimum(begin + values_of_part, values)
-        if place % (2 * SPLITS) < SPLITS:
-            if step < slabs:
-                _part_moments(
-                    x, means + part * entries, squares + part * entries, step, begin, end, values,
-                    C, P, ROWS, CHANNELS, EVEN,
-                )  # fmt: skip
-                _finish_part(queue, step)
-        elif step >= ahead:
+        if step < slabs:
+            _part_moments(
+                x, means + part * entries, squares + part * entries, step, begin, end, values,
+                C, P, ROWS, CHANNELS, EVEN,
+            )  # fmt: skip
+            _finish_part(queue, step)
+        if step >= ahead:
             _await_parts(queue, step - ahead, SPLITS)
             _normalize_part(
                 x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
@@ -488,18 +488,17 @@ def _backward_pipelined(
 ):  # fmt: skip
     """As `_forward_pipelined`, with totals and dots [splits, G, C]."""
     place = _take(queue)
-    while place < (slabs + ahead) * (2 * SPLITS):
-        step, part = place // (2 * SPLITS), place % SPLITS
+    while place < (slabs + ahead) * SPLITS:
+        step, part = place // SPLITS, place % SPLITS
         begin = part * values_of_part
         end = tl.minimum(begin + values_of_part, values)
-        if place % (2 * SPLITS) < SPLITS:
-            if step < slabs:
-                _part_sums(
-                    dy, x, y, weight, bias, mean, invstd, dresidual, totals + part * entries, dots + part * entries,
-                    step, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN,
-                )  # fmt: skip
-                _finish_part(queue, step)
-        elif step >= ahead:
+        if step < slabs:
+            _part_sums(
+                dy, x, y, weight, bias, mean, invstd, dresidual, totals + part * entries, dots + part * entries,
+                step, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN,
+            )  # fmt: skip
+            _finish_part(queue, step)
+        if step >= ahead:
             _await_parts(queue, step - ahead, SPLITS)
             _dx_part(
                 dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
@@ -548,10 +547,12 @@ def _device(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, properties.L2_cache_size)
 
 
-def _launch(kernel, x: Tensor, grid: tuple[int, ...], *arguments, warps: int, **constants) -> None:
+def _launch(
+    kernel, x: Tensor, grid: tuple[int, ...], *arguments, warps: int, registers: int | None = None, **constants
+) -> None:
     with torch.cuda.device_of(x):
         # Triton 3.9 warns where fused multiply-adds are left to it: from 3.10 on it makes none.
-        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
+        kernel[grid](*arguments, num_warps=warps, maxnreg=registers, enable_fp_fusion=True, **constants)
 
 
 def _equal_ghosts(rows: int, ghost_rows: int) -> Iterator[tuple[slice, slice, int]]:
@@ -614,7 +615,7 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
         grid = (how.programs,)
         if how.way == "pipelined":
             parts, queue = _queue(how, values, x, outs[0].numel())
-            constants |= {"RELU": relu, "SPLITS": how.splits}
+            constants |= {"RELU": relu, "SPLITS": how.splits, "registers": PIPELINED_REGISTERS[x.element_size()]}
             _launch(_forward_pipelined, x, grid, *ins, *parts, *outs, *queue, eps, **constants)
         else:
             constants |= {"RELU": relu, "RESIDENT": how.way == "resident"}
@@ -638,7 +639,8 @@ def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
         grid = (how.programs,)
         if how.way == "pipelined":
             parts, queue = _queue(how, values, x, outs[2].numel())
-            _launch(_backward_pipelined, x, grid, *ins, *outs, *parts, *queue, SPLITS=how.splits, **constants)
+            constants |= {"SPLITS": how.splits, "registers": PIPELINED_REGISTERS[x.element_size()]}
+            _launch(_backward_pipelined, x, grid, *ins, *outs, *parts, *queue, **constants)
         else:
             resident = how.way == "resident"
             _launch(_backward, x, grid, *ins, *outs, how.slabs, values, RESIDENT=resident, **constants)
