@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESIDENT_BYTES = 64 << 10
 RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
 STREAMED_TILE = 4096  # values of a tensor that a program works on at a time where its slab is not resident
-PART_VALUES = 65536  # of a slab that a program takes from the queue
+PART_VALUES = 65536  # of a slab that a program takes from the queue, at most, and fewer where that keeps it from work
 MAX_PARTS = 256  # of a slab: each program that normalises one merges the statistics of all
 PROGRAMS_PER_PROCESSOR = 8  # that take from the queue; as many as fit run at once
 # Of a thread, by the bytes of a value: the compiler takes up to 120, and fewer programs would fit; with less float32 spills.
@@ -90,8 +90,10 @@ def plan(
     slabs_in_l2 = min(slabs, device.l2_bytes // 2 // (values * width * element_bytes * tensors))
     if pixels > 1 and slabs_in_l2 >= device.processors:
         return Plan("reread", rows, width, slabs, programs=slabs_in_l2)
-    splits = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(values * width, max(PART_VALUES, rows * width))))
-    programs = min(PROGRAMS_PER_PROCESSOR * device.processors, slabs * splits)
+    most_programs = PROGRAMS_PER_PROCESSOR * device.processors
+    splits = max(triton.cdiv(values * width, PART_VALUES), triton.cdiv(most_programs, 2 * slabs))
+    splits = min(MAX_PARTS, triton.next_power_of_2(min(splits, triton.cdiv(values, rows))))
+    programs = min(most_programs, slabs * splits)
     return Plan("pipelined", rows, width, slabs, programs, splits, ahead=max(1, slabs_in_l2))
 
 
