@@ -29,6 +29,7 @@ SHAPES = [  # whole and ragged batches, fewer samples than a ghost; vectors that
     (11, 72, 3, 3),
     (14, 1, 3, 3),
     (12, 40, 13),
+    (9, 2, 40, 41),
     (8, 5, 2, 3, 4),
     (32, 10, 1, 1),
 ]

@@ -34,10 +34,12 @@ constexpr int64_t kAhead = 8192;            // from what is computed on to what 
 constexpr int64_t kBlock = 64 << 10;        // of the rows crossed by one strip of columns after the other
 constexpr int64_t kCutChannels = 64;        // that a channels-last ghost is cut into where that makes it fit the L3 cache
 constexpr int64_t kRowsAtOnce = 8;          // that are crossed together where they are wider than a strip
+constexpr int64_t kSmallPlane = 4 << 10;     // of a channel, at most, to be crossed with those of other rows
 constexpr int64_t kStreamedOutput = 24 << 20;  // an output above this would only push other things out of the cache
 
 constexpr int64_t kShortRows = 128;          // of a ghost, at most, to be crossed a strip at a time
 constexpr int64_t kStripWidth = 4 * kLanes;
+constexpr int64_t kPlanesAtOnce = 8;
 
 // ---------------------------------------------------------------------------------------------------------- vectors
 
@@ -265,7 +267,7 @@ struct Planes : Problem {
   int64_t rows_per_sample() const { return 1; }
   int64_t values_per_row() const { return pixels; }
   int64_t repeats() const { return 1; }
-  int64_t block_rows(int64_t, int64_t) const { return std::max<int64_t>(1, 65536 / pixels); }
+  int64_t block_rows(int64_t, int64_t) const { return std::max<int64_t>(1, 16384 / pixels); }
   int64_t at(int64_t row, int64_t channel) const { return (row * channels + channel) * pixels; }
   bool keeps_alignment() const { return pixels % kLanes == 0; }
 
@@ -276,9 +278,34 @@ struct Planes : Problem {
     return (channels + blocks - 1) / blocks;
   }
 
-  // Within a row the slab is contiguous; what is ahead of its end is in the next row.
   template <class T, class Op>
   void each(const Slab& s, bool reverse, const Op& op) const {
+    const bool are_small = pixels * (int64_t)sizeof(T) <= kSmallPlane && s.rows >= kPlanesAtOnce / 2;
+    are_small ? each_small<T>(s, reverse, op) : each_large<T>(s, reverse, op);
+  }
+
+  // A channel's planes of several rows together: one of 8 × 8 alone costs as much for its constants and sums as for its values.
+  template <class T, class Op>
+  void each_small(const Slab& s, bool reverse, const Op& op) const {
+    const int64_t sign = reverse ? -1 : 1, distance = kAhead / kPlanesAtOnce / Op::kStreams / sizeof(T);
+    Strip strip{0, 0, sign * channels * pixels, sign * std::max(pixels, std::min(s.channels * pixels, distance)), 0, 0};
+    for (int64_t i = 0; i < s.rows; i += kPlanesAtOnce) {
+      strip.rows = std::min(kPlanesAtOnce, s.rows - i);
+      for (int64_t j = 0; j < s.channels; ++j) {
+        strip.column = reverse ? s.channels - 1 - j : j;
+        strip.offset = at(s.row + (reverse ? s.rows - 1 - i : i), s.channel + strip.column);
+        int64_t left = pixels;
+        for (; left >= 4 * kLanes; left -= 4 * kLanes, strip.offset += 4 * kLanes) op.template strip<4, false>(strip);
+        for (; left >= kLanes; left -= kLanes, strip.offset += kLanes) op.template strip<1, false>(strip);
+        strip.lanes = left;
+        if (left) op.template strip<1, true>(strip);
+      }
+    }
+  }
+
+  // Within a row the slab is contiguous; what is ahead of its end is in the next row.
+  template <class T, class Op>
+  void each_large(const Slab& s, bool reverse, const Op& op) const {
     const int64_t span = s.channels * pixels, gap = (channels - s.channels) * pixels;
     const int64_t distance = std::min<int64_t>(span, kAhead / Op::kStreams / sizeof(T)), piece = std::min(pixels, distance);
     for (int64_t i = 0; i < s.rows; ++i) {
@@ -368,6 +395,13 @@ INLINE Vec constant(const float* values, int64_t column, int v) {
   return SHARED ? splat(values[column]) : load(values + column + v * kLanes);
 }
 
+// In pairs, for the least rounding.
+template <int V>
+INLINE Vec total(const Vec* v) {
+  if constexpr (V == 1) return v[0];
+  else return total<V / 2>(v) + total<V / 2>(v + V / 2);
+}
+
 // Two running sums: of each column, or where a strip shares its column, of kLanes parts of it.
 struct Sums {
   float *a, *b;
@@ -375,10 +409,8 @@ struct Sums {
   template <bool SHARED, int V>
   INLINE void add(int64_t column, const Vec* more_a, const Vec* more_b) const {
     if (SHARED) {
-      Vec total_a = load(a + column * kLanes), total_b = load(b + column * kLanes);
-      for (int v = 0; v < V; ++v) total_a += more_a[v], total_b += more_b[v];
-      store<false>(a + column * kLanes, total_a);
-      store<false>(b + column * kLanes, total_b);
+      store<false>(a + column * kLanes, load(a + column * kLanes) + total<V>(more_a));
+      store<false>(b + column * kLanes, load(b + column * kLanes) + total<V>(more_b));
     } else {
       for (int v = 0; v < V; ++v) {
         const int64_t i = column + v * kLanes;
