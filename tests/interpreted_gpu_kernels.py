@@ -12,7 +12,7 @@ from test_kernels import FUSIONS, laid_out, oracle
 
 from gbnzoo.kernels import cpu, gpu, reference
 
-# From here on the operators of CPU tensors are the GPU's. Two processors, an L2 cache of 2 KiB, tiles and parts of 16 values.
+# From here on the operators of CPU tensors are the GPU's. Two processors, an L2 cache of 2 KiB, tiles of 16 values.
 LIBRARY = torch.library.Library("gbnzoo", "IMPL")
 with warnings.catch_warnings(action="ignore"):  # torch 2.11 warns even where overriding is allowed
     LIBRARY.impl("ghost_batch_norm", gpu.forward, "CPU", allow_override=True)
@@ -20,7 +20,7 @@ with warnings.catch_warnings(action="ignore"):  # torch 2.11 warns even where ov
 LIBRARY.impl("fold_ghosts", gpu.fold, "CPU")
 cpu.is_direct = lambda *tensors: False
 gpu._device = lambda device: gpu.Device(processors=2, l2_bytes=2048)
-gpu.STREAMED_TILE = gpu.PART_VALUES = 16
+gpu.STREAMED_TILE = 16
 
 # Triton 3.6 does so; from numpy 2.4 on it is an error.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -89,12 +89,12 @@ def test_reread(fusion, dtype, launched, monkeypatch):
 
 @pytest.mark.parametrize(("fusion", "dtype"), list(zip(FUSIONS, [*DTYPES, "float32"], strict=True)))
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pipelined(channels_last, fusion, dtype, launched, monkeypatch):
+def test_split(channels_last, fusion, dtype, launched, monkeypatch):
     monkeypatch.setattr(gpu, "RESIDENT_VALUES", {"forward": 8, "backward": 8})
     if not channels_last:
         monkeypatch.setattr(gpu, "_device", lambda device: gpu.Device(processors=4, l2_bytes=1024))
     check((9, 2, 3, 3), DTYPES[dtype], channels_last, *FUSIONS[fusion])
-    assert launched == {"_forward_pipelined", "_backward_pipelined"}
+    assert launched == {"_forward_statistics", "_forward_apply", "_backward_sums", "_backward_apply"}
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (8, 40), (9, 1, 3), (4, 3, 1, 2, 2)])

@@ -24,7 +24,7 @@ from gbnzoo.kernels import gpu  # noqa: E402
 A100, H200 = gpu.Device(processors=108, l2_bytes=40 << 20), gpu.Device(processors=132, l2_bytes=50 << 20)
 DEVICES = {80: A100, 90: H200}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TYPE_NAMES = {torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -61,13 +61,13 @@ def test_plans_fit_registers_and_half_of_the_cache(direction, pixels, element_by
         if plan.way == "resident":
             assert values <= plan.rows
             assert plan.rows * plan.channels <= {"forward": 32768, "backward": 16384}[direction]
-        tensors = 1 if direction == "forward" else 2
         if plan.way == "reread":
-            assert plan.programs * slab_bytes * tensors <= 25 << 20
-            assert plan.programs >= H200.processors
-        if plan.way == "pipelined":
-            assert plan.ahead == 1 or plan.ahead * slab_bytes * tensors <= 25 << 20
-            assert plan.splits == 256 or values * plan.channels / plan.splits <= 65536
+            tensors = 1 if direction == "forward" else 2
+            assert plan.slabs_at_once * slab_bytes * tensors <= 25 << 20
+            assert plan.slabs_at_once >= H200.processors
+        if plan.way == "split":
+            parts = plan.slabs * plan.splits
+            assert parts >= 8 * H200.processors or plan.splits * plan.rows >= values
         assert 32 * plan.warps <= 512
 
 
@@ -75,7 +75,7 @@ def test_headline_shapes_take_their_ways():
     """ResNet on CIFAR at batch 4096 in bfloat16, ghosts of 32: (samples, 16, 32, 32) and (samples, 64, 8, 8)."""
     assert gpu.plan("forward", 128, 32 * 1024, 16, 1024, 2, H200).way == "resident"
     assert gpu.plan("backward", 128, 32 * 1024, 16, 1024, 2, H200).way == "reread"
-    assert gpu.plan("forward", 128, 32 * 1024, 16, 1, 2, H200).way == "pipelined"
+    assert gpu.plan("forward", 128, 32 * 1024, 16, 1, 2, H200).way == "split"
     assert gpu.plan("forward", 128, 32 * 64, 64, 1, 2, H200).way == "resident"
 
 
@@ -94,12 +94,12 @@ def test_equal_ghosts(rows, ghost_rows, sizes):
 
 
 def launches(monkeypatch, shape, ghost, layout, dtype, fusion, device):
-    """What a forward and a backward would launch: kernel, arguments, the compiler's options and constants."""
+    """What a forward and a backward would launch: kernel, arguments, warps and constants."""
     adds, relu = FUSIONS[fusion]
     seen = {}
 
-    def note(kernel, x, grid, *arguments, warps, registers=None, **constants):
-        seen[kernel.__name__] = kernel, arguments, {"num_warps": warps, "maxnreg": registers}, constants
+    def note(kernel, x, grid, *arguments, warps, **constants):
+        seen[kernel.__name__] = kernel, arguments, warps, constants
 
     monkeypatch.setattr(gpu, "_device", lambda _: device)
     monkeypatch.setattr(gpu, "_launch", note)
@@ -110,7 +110,7 @@ def launches(monkeypatch, shape, ghost, layout, dtype, fusion, device):
     return seen.values()
 
 
-def compiled(kernel, arguments, options, constants, capability):
+def compiled(kernel, arguments, warps, constants, capability):
     """As Triton's launcher would compile it for a device of that capability."""
     signature, values, attributes = {}, {}, {}
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
@@ -125,19 +125,19 @@ def compiled(kernel, arguments, options, constants, capability):
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=options | {"enable_fp_fusion": True}
-    )
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def check_compiled(tmp_path, launched, capability, most_spilled):
-    for kernel, arguments, options, constants in launched:
-        code, warps = compiled(kernel, arguments, options, constants, capability), options["num_warps"]
+    for kernel, arguments, warps, constants in launched:
+        code = compiled(kernel, arguments, warps, constants, capability)
         label = f"{kernel.__name__} {constants} {warps} warps on sm_{capability}"
         vectors = re.findall(r"(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", code.asm["ptx"])
         widths = {way: {int(n or 1) * int(bits) for w, n, bits in vectors if w == way} for way in ("ld", "st")}
         assert 128 in widths["ld"], label
-        assert 128 in widths["st"], label
+        if "statistics" not in label and "_sums" not in label:
+            assert 128 in widths["st"], label
         (tmp_path / "kernel.cubin").write_bytes(code.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(tmp_path / "kernel.cubin")]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout

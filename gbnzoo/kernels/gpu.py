@@ -6,9 +6,9 @@ is one channel of one ghost, or, where P is 1, some adjacent channels of it. `pl
 - resident: a program holds a slab in registers, and memory is read once and written once;
 - reread: a program reads a slab for its statistics and again to normalise it, from the L2 cache: no more programs run at
   once than half of the cache holds slabs for;
-- pipelined: the programs take parts of slabs from one queue. A part is read for its slab's statistics, and the same part of
-  the slab that lies as far behind as half of the cache holds is read again, to be normalised. A program waits for
-  statistics alone, and of parts that were taken before its own, so never for a program that cannot start.
+- split: several programs share a slab. One launch takes the statistics of all slabs, a second one normalises them, from the
+  last rows to the first, of which the cache still holds some. Two ways to read memory only once were no faster (LOG.md):
+  two launches for each group of slabs that fit the cache, and one launch whose programs take parts from a queue.
 
 Values are float32, bfloat16 or float16, all arithmetic is float32.
 """
@@ -31,12 +31,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of each tensor that it reads, a program holds so many bytes in registers, or so many values; with more it spills.
 RESIDENT_BYTES = 64 << 10
 RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
-STREAMED_TILE = 4096  # values of a tensor that a program works on at a time where its slab is not resident
-PART_VALUES = 65536  # of a slab that a program takes from the queue, at most, and fewer where that keeps it from work
-MAX_PARTS = 256  # of a slab: each program that normalises one merges the statistics of all
-PROGRAMS_PER_PROCESSOR = 8  # that take from the queue; as many as fit run at once
-# Of a thread, by the bytes of a value: the compiler takes up to 120, and fewer programs would fit; with less float32 spills.
-PIPELINED_REGISTERS = {2: 80, 4: None}
+STREAMED_TILE = 2048  # values of a tensor that a program works on at a time where its slab is not resident
+PROGRAMS_PER_PROCESSOR = 8  # at least, where slabs are split
 VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16
 
 
@@ -53,9 +49,8 @@ class Plan:
     rows: int
     channels: int
     slabs: int
-    programs: int
-    splits: int = 1  # parts of a slab
-    ahead: int = 0  # slabs that are read for their statistics before one is normalised
+    slabs_at_once: int  # for which there are programs
+    splits: int  # programs that share a slab
 
     @property
     def warps(self) -> int:
@@ -81,20 +76,17 @@ def plan(
         rows = triton.next_power_of_2(values)
         if rows * width <= most:
             slabs = ghosts * triton.cdiv(channels, width)
-            return Plan("resident", rows, width, slabs, programs=slabs)
+            return Plan("resident", rows, width, slabs, slabs, 1)
 
     width = widths[0]
     rows = STREAMED_TILE // width
     slabs = ghosts * triton.cdiv(channels, width)
     tensors = {"forward": 1, "backward": 2}[direction]  # read twice: x; x and the gradient
-    slabs_in_l2 = min(slabs, device.l2_bytes // 2 // (values * width * element_bytes * tensors))
-    if pixels > 1 and slabs_in_l2 >= device.processors:
-        return Plan("reread", rows, width, slabs, programs=slabs_in_l2)
-    most_programs = PROGRAMS_PER_PROCESSOR * device.processors
-    splits = max(triton.cdiv(values * width, PART_VALUES), triton.cdiv(most_programs, 2 * slabs))
-    splits = min(MAX_PARTS, triton.next_power_of_2(min(splits, triton.cdiv(values, rows))))
-    programs = min(most_programs, slabs * splits)
-    return Plan("pipelined", rows, width, slabs, programs, splits, ahead=max(1, slabs_in_l2))
+    at_once = min(slabs, device.l2_bytes // 2 // (values * width * element_bytes * tensors))
+    if pixels > 1 and at_once >= device.processors:
+        return Plan("reread", rows, width, slabs, at_once, 1)
+    splits = min(triton.cdiv(PROGRAMS_PER_PROCESSOR * device.processors, slabs), triton.cdiv(values, rows))
+    return Plan("split", rows, width, slabs, slabs, triton.next_power_of_2(splits))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -281,44 +273,28 @@ def _forward(
 
 
 @triton.jit
-def _take(queue):
-    """The next place in the queue, which is each program's alone."""
-    return tl.atomic_add(queue, 1, sem="relaxed")
-
-
-@triton.jit
-def _finish_part(queue, slab):
-    """Count a slab's part as read, with all that this program has written for it."""
-    tl.debug_barrier()
-    tl.atomic_add(queue + 1 + slab, 1, sem="release")
-
-
-@triton.jit
-def _await_parts(queue, slab, SPLITS: tl.constexpr):
-    """Wait until all parts of a slab are read, and see what was written for them."""
-    while tl.atomic_add(queue + 1 + slab, 0, sem="acquire") < SPLITS:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def _part_moments(
-    x, means, squares, slab, begin, end, values, C: tl.constexpr, P: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+def _forward_statistics(
+    x, means, squares, values, values_of_part, entries,
+    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    """Mean and squared deviations of each part of a slab, into tensors [splits, G, C]."""
+    slab, part = tl.program_id(0), tl.program_id(1)
+    begin = part * values_of_part
+    end = tl.minimum(begin + values_of_part, values)
     mean, _, square = _moments(x, slab, begin, end, values, C, P, ROWS, CHANNELS, EVEN)
-    _write(means, slab, mean, C, CHANNELS)
-    _write(squares, slab, square, C, CHANNELS)
+    _write(means + part * entries, slab, mean, C, CHANNELS)
+    _write(squares + part * entries, slab, square, C, CHANNELS)
 
 
 @triton.jit
-def _normalize_part(
+def _forward_apply(
     x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
-    slab, begin, end, values, values_of_part, entries, eps,
+    values, values_of_part, entries, eps,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """By the merged statistics of all parts, which each of them writes, and all the same."""
+    """Normalise each part of a slab. All its programs merge the parts' statistics and write the same result."""
+    slab, part = tl.program_id(0), tl.program_id(1)
     means = _read_parts(means, entries, slab, C, CHANNELS, SPLITS)
     squares = _read_parts(squares, entries, slab, C, CHANNELS, SPLITS)
     count = tl.minimum(tl.maximum(values - tl.arange(0, SPLITS) * values_of_part, 0), values_of_part)
@@ -326,36 +302,9 @@ def _normalize_part(
     invstd = _save_statistics(mean, square, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
     scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
     shift = _parameter(bias, slab, C, CHANNELS, 0.0) - rest * scale
+    begin = part * values_of_part
+    end = tl.minimum(begin + values_of_part, values)
     _normalize_rows(x, residual, y, mean, scale, shift, slab, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN)
-
-
-@triton.jit
-def _forward_pipelined(
-    x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
-    queue, slabs, ahead, values, values_of_part, entries, eps,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Parts of slabs; means and squares [splits, G, C] are theirs."""
-    place = _take(queue)
-    while place < (slabs + ahead) * SPLITS:
-        step, part = place // SPLITS, place % SPLITS
-        begin = part * values_of_part
-        end = tl.minimum(begin + values_of_part, values)
-        if step < slabs:
-            _part_moments(
-                x, means + part * entries, squares + part * entries, step, begin, end, values,
-                C, P, ROWS, CHANNELS, EVEN,
-            )  # fmt: skip
-            _finish_part(queue, step)
-        if step >= ahead:
-            _await_parts(queue, step - ahead, SPLITS)
-            _normalize_part(
-                x, residual, y, weight, bias, means, squares, mean_out, variance_out, invstd_out,
-                step - ahead, begin, end, values, values_of_part, entries, eps,
-                C, P, RELU, ROWS, CHANNELS, EVEN, SPLITS,
-            )  # fmt: skip
-        place = _take(queue)
 
 
 @triton.jit
@@ -447,27 +396,32 @@ def _backward(
 
 
 @triton.jit
-def _part_sums(
-    dy, x, y, weight, bias, mean, invstd, dresidual, totals, dots, slab, begin, end, values,
+def _backward_sums(
+    dy, x, y, weight, bias, mean, invstd, dresidual, totals, dots, values, values_of_part, entries,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    """`_sums` of each part of a slab, into tensors [splits, G, C]."""
+    slab, part = tl.program_id(0), tl.program_id(1)
     scale = _read(invstd, slab, C, CHANNELS) * _parameter(weight, slab, C, CHANNELS, 1.0)
     shift = _parameter(bias, slab, C, CHANNELS, 0.0)
+    begin = part * values_of_part
+    end = tl.minimum(begin + values_of_part, values)
     total, dot = _sums(
         dy, x, y, dresidual, _read(mean, slab, C, CHANNELS), scale, shift, slab, begin, end, values,
         C, P, RELU, ROWS, CHANNELS, EVEN,
     )  # fmt: skip
-    _write(totals, slab, total, C, CHANNELS)
-    _write(dots, slab, dot, C, CHANNELS)
+    _write(totals + part * entries, slab, total, C, CHANNELS)
+    _write(dots + part * entries, slab, dot, C, CHANNELS)
 
 
 @triton.jit
-def _dx_part(
+def _backward_apply(
     dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
-    slab, begin, end, values, entries,
+    values, values_of_part, entries,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
+    slab, part = tl.program_id(0), tl.program_id(1)
     total = tl.sum(_read_parts(totals, entries, slab, C, CHANNELS, SPLITS), 0)
     dot = tl.sum(_read_parts(dots, entries, slab, C, CHANNELS, SPLITS), 0)
     slab_mean, slab_invstd = _read(mean, slab, C, CHANNELS), _read(invstd, slab, C, CHANNELS)
@@ -475,38 +429,12 @@ def _dx_part(
     _write(dbias, slab, total, C, CHANNELS)
     scale = slab_invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
     shift = _parameter(bias, slab, C, CHANNELS, 0.0)
+    begin = part * values_of_part
+    end = tl.minimum(begin + values_of_part, values)
     _dx_rows(
         dy, x, y, dx, dresidual, slab_mean, slab_invstd, scale, shift, total, dot, slab, begin, end, values,
         C, P, RELU, ROWS, CHANNELS, EVEN,
     )  # fmt: skip
-
-
-@triton.jit
-def _backward_pipelined(
-    dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
-    queue, slabs, ahead, values, values_of_part, entries,
-    C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """As `_forward_pipelined`, with totals and dots [splits, G, C]."""
-    place = _take(queue)
-    while place < (slabs + ahead) * SPLITS:
-        step, part = place // SPLITS, place % SPLITS
-        begin = part * values_of_part
-        end = tl.minimum(begin + values_of_part, values)
-        if step < slabs:
-            _part_sums(
-                dy, x, y, weight, bias, mean, invstd, dresidual, totals + part * entries, dots + part * entries,
-                step, begin, end, values, C, P, RELU, ROWS, CHANNELS, EVEN,
-            )  # fmt: skip
-            _finish_part(queue, step)
-        if step >= ahead:
-            _await_parts(queue, step - ahead, SPLITS)
-            _dx_part(
-                dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, totals, dots,
-                step - ahead, begin, end, values, entries, C, P, RELU, ROWS, CHANNELS, EVEN, SPLITS,
-            )  # fmt: skip
-        place = _take(queue)
 
 
 @triton.jit
@@ -549,12 +477,10 @@ def _device(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, properties.L2_cache_size)
 
 
-def _launch(
-    kernel, x: Tensor, grid: tuple[int, ...], *arguments, warps: int, registers: int | None = None, **constants
-) -> None:
+def _launch(kernel, x: Tensor, grid: tuple[int, ...], *arguments, warps: int, **constants) -> None:
     with torch.cuda.device_of(x):
         # Triton 3.9 warns where fused multiply-adds are left to it: from 3.10 on it makes none.
-        kernel[grid](*arguments, num_warps=warps, maxnreg=registers, enable_fp_fusion=True, **constants)
+        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
 
 
 def _equal_ghosts(rows: int, ghost_rows: int) -> Iterator[tuple[slice, slice, int]]:
@@ -595,12 +521,12 @@ def _plan(direction: str, x: Tensor, channels_last: bool, ghosts: int, rows: int
     )
 
 
-def _queue(how: Plan, values: int, x: Tensor, entries: int) -> tuple[list[Tensor], tuple]:
-    """Room for two statistics of all parts of slabs; the queue, of places taken and parts read of each slab, and its sizes."""
+def _parts(how: Plan, values: int, x: Tensor, entries: int) -> tuple[int, list[Tensor]]:
+    """The values of each part of a slab, and room for two statistics of all parts."""
     tiles = triton.cdiv(values, how.rows)
-    parts = [x.new_empty((how.splits, entries), dtype=torch.float32) for _ in range(2)]
-    queue = x.new_zeros(1 + how.slabs, dtype=torch.int32)
-    return parts, (queue, how.slabs, how.ahead, values, triton.cdiv(tiles, how.splits) * how.rows, entries)
+    return triton.cdiv(tiles, how.splits) * how.rows, [
+        x.new_empty((how.splits, entries), dtype=torch.float32) for _ in range(2)
+    ]
 
 
 def forward(x, residual, weight, bias, ghost_rows, eps, relu):
@@ -614,14 +540,15 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
         part, outs = x[rows], [statistic[ghosts] for statistic in statistics.unbind()]
         how, values, constants = _plan("forward", x, channels_last, len(outs[0]), rows_of_ghost)
         ins = part, _rows(residual, rows), y[rows], weight, bias
-        grid = (how.programs,)
-        if how.way == "pipelined":
-            parts, queue = _queue(how, values, x, outs[0].numel())
-            constants |= {"RELU": relu, "SPLITS": how.splits, "registers": PIPELINED_REGISTERS[x.element_size()]}
-            _launch(_forward_pipelined, x, grid, *ins, *parts, *outs, *queue, eps, **constants)
-        else:
+        if how.way != "split":
             constants |= {"RELU": relu, "RESIDENT": how.way == "resident"}
-            _launch(_forward, x, grid, *ins, *outs, how.slabs, values, eps, **constants)
+            _launch(_forward, x, (how.slabs_at_once,), *ins, *outs, how.slabs, values, eps, **constants)
+            continue
+        entries = outs[0].numel()
+        of_part, parts = _parts(how, values, x, entries)
+        grid, sizes = (how.slabs, how.splits), (values, of_part, entries)
+        _launch(_forward_statistics, x, grid, part, *parts, *sizes, **constants)
+        _launch(_forward_apply, x, grid, *ins, *parts, *outs, *sizes, eps, RELU=relu, SPLITS=how.splits, **constants)
     return y, statistics
 
 
@@ -638,14 +565,15 @@ def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
         constants["RELU"] = relu
         ins = dy[rows], x[rows], _rows(y, rows), weight, bias, mean[ghosts], invstd[ghosts]
         outs = dx[rows], _rows(dresidual, rows), dweight[ghosts], dbias[ghosts]
-        grid = (how.programs,)
-        if how.way == "pipelined":
-            parts, queue = _queue(how, values, x, outs[2].numel())
-            constants |= {"SPLITS": how.splits, "registers": PIPELINED_REGISTERS[x.element_size()]}
-            _launch(_backward_pipelined, x, grid, *ins, *outs, *parts, *queue, **constants)
-        else:
+        if how.way != "split":
             resident = how.way == "resident"
-            _launch(_backward, x, grid, *ins, *outs, how.slabs, values, RESIDENT=resident, **constants)
+            _launch(_backward, x, (how.slabs_at_once,), *ins, *outs, how.slabs, values, RESIDENT=resident, **constants)
+            continue
+        entries = outs[2].numel()
+        of_part, parts = _parts(how, values, x, entries)
+        grid, sizes = (how.slabs, how.splits), (values, of_part, entries)
+        _launch(_backward_sums, x, grid, *ins, outs[1], *parts, *sizes, **constants)
+        _launch(_backward_apply, x, grid, *ins, *outs, *parts, *sizes, SPLITS=how.splits, **constants)
     if len(mean) == 1:
         dweight, dbias = dweight[0], dbias[0]
     else:
