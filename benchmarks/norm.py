@@ -124,8 +124,9 @@ def contenders(x: Tensor, ghost: int, inductor: bool) -> dict[str, nn.Module]:
             CudnnNorm(norm()).to(x.device)(x)
             layers["cuDNN"] = CudnnNorm(norm())
     if inductor:
+        torch._dynamo.reset()  # it stops compiling after some layers, and compiles later ones for any shape
         for name in ("BatchNorm", "BatchNorm +ReLU", "BatchNorm +add+ReLU"):
-            layers[name.replace("BatchNorm", "inductor")] = torch.compile(layers[name])
+            layers[name.replace("BatchNorm", "inductor")] = torch.compile(layers[name], dynamic=False)
     return {name: layer.to(x.device) for name, layer in layers.items()}
 
 
