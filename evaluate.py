@@ -36,6 +36,9 @@ from gbnzoo.weights import WEIGHTS_FILE, sha256_of
 
 COLUMNS = (*TIMM_COLUMNS, "data", "split", "samples", "loss", "precision", "batch_size", "recorded_top1")
 TOLERANCE_PERCENT = 0.01
+OTHER_DEVICE_TOLERANCE_PERCENT = 0.05
+"""Where a run was scored on a GPU and is measured on a CPU, or the reverse. bf16 rounds otherwise there: of 10,000 images the
+three networks trained on an H200 answer 0, 1 and 3 more or fewer rightly."""
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -158,8 +161,10 @@ def _check_accuracy(row: Mapping[str, str], hub: Path, settings: Settings) -> tu
     except (FileNotFoundError, ImportError) as error:
         return "not checked", f"its data are not at hand: {error}"
     difference = metrics.top1_percent - float(row["top1"])
+    was_on_cpu, is_on_cpu = " × " in row["hardware"], find_device(settings.device).type == "cpu"  # "2 × AMD EPYC"
+    tolerance = TOLERANCE_PERCENT if was_on_cpu == is_on_cpu else OTHER_DEVICE_TOLERANCE_PERCENT
     # Half of the row's last decimal is its own rounding.
-    if abs(difference) > TOLERANCE_PERCENT + 0.0005:
+    if abs(difference) > tolerance + 0.0005:
         return "DIFFERS", f"measured {metrics.top1_percent:.3f}, {difference:+.3f} points"
     return "agrees", f"measured {metrics.top1_percent:.3f}"
 

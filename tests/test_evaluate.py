@@ -341,9 +341,9 @@ def check(hub, data_dir):
     return run_cli("--check", "--hub", hub, "--data-dir", data_dir)
 
 
-def edit_top1(hub, difference):
+def edit_top1(hub, difference, **cells):
     rows = read_results(hub / "results.csv")
-    rows[0]["top1"] = f"{float(rows[0]['top1']) + difference:.3f}"
+    rows[0] |= {"top1": f"{float(rows[0]['top1']) + difference:.3f}", **cells}
     (hub / "results.csv").write_text(as_csv(rows))
 
 
@@ -352,7 +352,7 @@ def test_check_agrees_with_what_was_published(hub, data_dir, tmp_path):
     result = check(hub, data_dir)
     assert result.exit_code == 0, result.output
     assert "not checked | its weights are not published" in result.output
-    assert result.output.splitlines()[-1] == "1 agree, 0 differ, 1 not checked"
+    assert result.stdout.splitlines()[-1] == "1 agree, 0 differ, 1 not checked"
 
 
 @pytest.mark.parametrize(("difference", "exit_code"), [(0.02, 1), (-0.02, 1), (0.009, 0)])
@@ -360,6 +360,12 @@ def test_check_fails_above_a_hundredth_of_a_point(hub, data_dir, difference, exi
     edit_top1(hub, difference)
     result = check(hub, data_dir)
     assert (result.exit_code, "DIFFERS" in result.output) == (exit_code, bool(exit_code))
+
+
+@pytest.mark.parametrize(("difference", "exit_code"), [(0.06, 1), (0.04, 0)])
+def test_check_of_a_row_from_a_gpu_fails_on_a_cpu_above_five_hundredths(hub, data_dir, difference, exit_code):
+    edit_top1(hub, difference, hardware="NVIDIA H200")
+    assert run_cli("--check", "--hub", hub, "--data-dir", data_dir, "--device", "cpu").exit_code == exit_code
 
 
 @pytest.mark.parametrize("flag", ["--check", "--sha"])
