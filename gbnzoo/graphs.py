@@ -19,27 +19,31 @@ class GraphedPass:
     """A forward and backward pass that from its fourth call on is the replay of a CUDA graph, with the same result.
 
     Args:
-        run: does a pass over inputs, adds the parameters' gradients and returns a tensor; without waiting for the GPU.
         parameters: those that get gradients.
         accumulates: whether several passes are made before the gradients are dropped; else they need no copy.
     """
 
-    def __init__(self, run: Callable[..., Tensor], parameters: Sequence[Parameter], *, accumulates: bool):
-        self.run, self.parameters, self.accumulates = run, parameters, accumulates
+    def __init__(self, parameters: Sequence[Parameter], *, accumulates: bool):
+        self.parameters, self.accumulates = parameters, accumulates
         self.plain_passes_left = PLAIN_PASSES
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """Of inputs that have the same shapes at each call; what comes back holds until the next one.
+    def __call__(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """What `run` returns for the inputs, which holds until the next call.
+
+        Args:
+            run: does a pass, adds the parameters' gradients and returns a tensor; without waiting for the GPU. The same at each
+                call, and not kept: who owns this object may well be what it is a method of.
+            inputs: of the same shapes at each call.
 
         Raises:
             RunError: if the pass cannot be captured.
         """
         if self.plain_passes_left:
             self.plain_passes_left -= 1
-            return self.run(*inputs)
+            return run(*inputs)
         if self.graph is None:
-            self._capture(inputs)
+            self._capture(run, inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             if given is not None:
                 own.copy_(given)
@@ -47,7 +51,7 @@ class GraphedPass:
         self._add_gradients()
         return self.output
 
-    def _capture(self, inputs: Sequence[Tensor | None]) -> None:
+    def _capture(self, run: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> None:
         self.inputs = [tensor if tensor is None else torch.empty_like(tensor) for tensor in inputs]
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
@@ -56,7 +60,7 @@ class GraphedPass:
         try:
             # Other threads, such as those that load images, may do what they like in the meantime.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.output = self.run(*self.inputs)
+                self.output = run(*self.inputs)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RunError(

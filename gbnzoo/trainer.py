@@ -118,10 +118,9 @@ class Trainer:
         self.compile_backend = compile_backend
         if compile_backend:
             compile_training(self.bare_model, compile_backend)
-        self.cuda_graphs = cuda_graphs and self.device.type == "cuda" and self.world_size == 1
-        self.train_pass = self._train_pass
-        if self.cuda_graphs:
-            self.train_pass = GraphedPass(self._train_pass, self.parameters, accumulates=len(self.positions) > 1)
+        self.graphed_pass = None
+        if cuda_graphs and self.device.type == "cuda" and self.world_size == 1:
+            self.graphed_pass = GraphedPass(self.parameters, accumulates=len(self.positions) > 1)
 
     def _choose_micro_batch(self) -> int:
         """That of the run's last start on this machine, or the fastest where to measure pays, or the rule's."""
@@ -229,11 +228,12 @@ class Trainer:
                 if self.noise_kind == "multiplicative":
                     noise = keyed_normal(self.recipe.seed, "gradient_noise", batch.epochs, batch.indices)
                     noise = noise.to(self.device, self.dtype, non_blocking=True)
-                loss += self.train_pass(batch.images, batch.labels, noise)
+                inputs = batch.images, batch.labels, noise
+                loss += self.graphed_pass(self.train_pass, *inputs) if self.graphed_pass else self.train_pass(*inputs)
         self.loss_sum += loss
         self.first_bad_update.clamp_(max=torch.where(loss.isfinite(), self.regime.total_updates, update))
 
-    def _train_pass(self, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
+    def train_pass(self, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
         """Add a micro-batch's part of the gradient; returns its part of the loss."""
         losses = sample_losses(self.recipe, self.model(images), labels)
         loss = losses.detach().sum(dtype=torch.float64) / self.regime.batch_size
@@ -435,7 +435,7 @@ class Trainer:
             "processes_per_ghost": layout.processes_per_ghost,
             "threads": torch.get_num_threads(),
             "compile_backend": self.compile_backend,
-            "cuda_graphs": self.cuda_graphs,
+            "cuda_graphs": self.graphed_pass is not None,
             "hardware": tuning.device_name(self.device),
             "commit": _commit(),
             "versions": {

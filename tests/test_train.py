@@ -1,11 +1,13 @@
 """Training: the same end whatever the layout or the interruptions, and clear words where it cannot go on."""
 
+import gc
 import importlib.util
 import io
 import itertools
 import math
 import re
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -358,6 +360,30 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(ValueError, match=message):
         trained(tmp_path, override, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trainer_is_freed_with_its_last_reference(tmp_path):
+    """What a garbage collector must find may still be there when Python ends, and the threads of a process group abort it."""
+    trainer = Trainer(
+        load_recipe(DIGITS, SHORT, rung="gbn"),
+        data_dir=None,
+        out=tmp_path,
+        processes=None,
+        micro_batch_size=32,
+        tracker=None,
+        checkpoint_seconds=60,
+        timeout_seconds=60,
+    )
+    with trainer.opened_run(resume=False):
+        trainer.set_rates(0)
+        trainer.add_gradients(0)
+    freed = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
