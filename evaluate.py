@@ -161,7 +161,8 @@ def _check_accuracy(row: Mapping[str, str], hub: Path, settings: Settings) -> tu
     except (FileNotFoundError, ImportError) as error:
         return "not checked", f"its data are not at hand: {error}"
     difference = metrics.top1_percent - float(row["top1"])
-    was_on_cpu, is_on_cpu = " × " in row["hardware"], find_device(settings.device).type == "cpu"  # "2 × AMD EPYC"
+    scored_on = row["hardware"].split("; ")[-1]  # "2 × AMD EPYC", "NVIDIA H200"
+    was_on_cpu, is_on_cpu = " × " in scored_on, find_device(settings.device).type == "cpu"
     tolerance = TOLERANCE_PERCENT if was_on_cpu == is_on_cpu else OTHER_DEVICE_TOLERANCE_PERCENT
     # Half of the row's last decimal is its own rounding.
     if abs(difference) > tolerance + 0.0005:

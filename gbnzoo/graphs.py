@@ -18,6 +18,8 @@ PLAIN_PASSES = 3
 class GraphedPass:
     """A forward and backward pass that from its fourth call on is the replay of a CUDA graph, with the same result.
 
+    What Python decides in a pass, such as which branch to take, is decided once, at the capture; tensors keep their places.
+
     Args:
         parameters: those that get gradients.
         accumulates: whether several passes are made before the gradients are dropped; else they need no copy.
@@ -64,7 +66,8 @@ class GraphedPass:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RunError(
-                f"a pass of this network cannot be captured as a CUDA graph ({reason}); --no-cuda-graphs trains without"
+                f"a pass of this network cannot be captured as a CUDA graph ({reason}); `gbnzoo train` trains without"
+                " under --no-cuda-graphs"
             ) from error
         self.trained = [parameter for parameter in self.parameters if parameter.grad is not None]
         self.gradients = [parameter.grad for parameter in self.trained]

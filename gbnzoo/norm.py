@@ -244,7 +244,7 @@ class _GhostBatchNorm(_BatchNorm):
         With several processes this is process `rank`'s term of a sum, see `shard_running_statistics`.
         """
         if not torch.jit.is_scripting():  # noqa: SIM102, as above
-            if self.momentum is not None:
+            if self.momentum is not None and self.momentum <= 1:
                 running = self.running_mean, self.running_var, self.num_batches_tracked
                 fold = kernels.pick_fold(mean, running)
                 if fold is not None:

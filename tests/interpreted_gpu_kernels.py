@@ -12,14 +12,14 @@ from test_kernels import FUSIONS, laid_out, oracle
 
 from gbnzoo.kernels import cpu, gpu, reference
 
-# From here on the operators of CPU tensors are the GPU's. Two processors, an L2 cache of 2 KiB, tiles of 16 values.
+# From here on the operators of CPU tensors are the GPU's. Two processors, tiles of 16 values.
 LIBRARY = torch.library.Library("gbnzoo", "IMPL")
 with warnings.catch_warnings(action="ignore"):  # torch 2.11 warns even where overriding is allowed
     LIBRARY.impl("ghost_batch_norm", gpu.forward, "CPU", allow_override=True)
     LIBRARY.impl("ghost_batch_norm_backward", gpu.backward, "CPU", allow_override=True)
 LIBRARY.impl("fold_ghosts", gpu.fold, "CPU")
 cpu.is_direct = lambda *tensors: False
-gpu._device = lambda device: gpu.Device(processors=2, l2_bytes=2048)
+gpu._processors = lambda device: 2
 gpu.STREAMED_TILE = 16
 
 # Triton 3.6 does so; from numpy 2.4 on it is an error.
@@ -42,7 +42,7 @@ def launched(monkeypatch):
     launch = gpu._launch
 
     def note(kernel, *arguments, **constants):
-        names.add(kernel.__name__ + ("_resident" if constants.get("RESIDENT") else ""))
+        names.add(kernel.__name__)
         launch(kernel, *arguments, **constants)
 
     monkeypatch.setattr(gpu, "_launch", note)
@@ -77,13 +77,6 @@ def check(shape, dtype=torch.float32, channels_last=False, adds=False, relu=Fals
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_resident(channels_last, dtype, fusion, launched):
     check((9, 3, 2, 3), DTYPES[dtype], channels_last, *FUSIONS[fusion])
-    assert launched == {"_forward_resident", "_backward_resident"}
-
-
-@pytest.mark.parametrize(("fusion", "dtype"), list(zip(FUSIONS, [*DTYPES, "float32"], strict=True)))
-def test_reread(fusion, dtype, launched, monkeypatch):
-    monkeypatch.setattr(gpu, "RESIDENT_VALUES", {"forward": 8, "backward": 8})
-    check((9, 2, 3, 3), DTYPES[dtype], False, *FUSIONS[fusion])
     assert launched == {"_forward", "_backward"}
 
 
@@ -91,8 +84,6 @@ def test_reread(fusion, dtype, launched, monkeypatch):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_split(channels_last, fusion, dtype, launched, monkeypatch):
     monkeypatch.setattr(gpu, "RESIDENT_VALUES", {"forward": 8, "backward": 8})
-    if not channels_last:
-        monkeypatch.setattr(gpu, "_device", lambda device: gpu.Device(processors=4, l2_bytes=1024))
     check((9, 2, 3, 3), DTYPES[dtype], channels_last, *FUSIONS[fusion])
     assert launched == {"_forward_statistics", "_forward_apply", "_backward_sums", "_backward_apply"}
 

@@ -1,11 +1,9 @@
 """The ghost norm on NVIDIA GPUs, in Triton: the operators of `cpu.py` for CUDA tensors.
 
 Tensors are seen as [samples, C, P] with P pixels; in channels-last layouts the pixels count as samples, and P is 1. A *slab*
-is one channel of one ghost, or, where P is 1, some adjacent channels of it. `plan` chooses one of three ways by its size:
+is one channel of one ghost, or, where P is 1, some adjacent channels of it. `plan` chooses one of two ways by its size:
 
 - resident: a program holds a slab in registers, and memory is read once and written once;
-- reread: a program reads a slab for its statistics and again to normalise it, from the L2 cache: no more programs run at
-  once than half of the cache holds slabs for;
 - split: several programs share a slab. One launch takes the statistics of all slabs, a second one normalises them, from the
   last rows to the first, of which the cache still holds some. Two ways to read memory only once were no faster (LOG.md):
   two launches for each group of slabs that fit the cache, and one launch whose programs take parts from a queue.
@@ -17,7 +15,6 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -32,13 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESIDENT_BYTES = 64 << 10
 RESIDENT_VALUES = {"forward": 32768, "backward": 16384}
 STREAMED_TILE = 2048  # values of a tensor that a program works on at a time where its slab is not resident
-PROGRAMS_PER_PROCESSOR = 8  # at least, where slabs are split
+PROGRAMS_PER_PROCESSOR = 8  # at least, where slabs are split and that takes no more than
+MAX_SPLITS = 256  # of one: each of its programs merges the statistics of all
 VALUES_PER_THREAD = 16  # two accesses of 16 bytes in bfloat16
-
-
-class Device(NamedTuple):
-    processors: int
-    l2_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,6 @@ class Plan:
     rows: int
     channels: int
     slabs: int
-    slabs_at_once: int  # for which there are programs
     splits: int  # programs that share a slab
 
     @property
@@ -59,7 +51,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    direction: str, ghosts: int, values: int, channels: int, pixels: int, element_bytes: int, device: Device
+    direction: str, ghosts: int, values: int, channels: int, pixels: int, element_bytes: int, processors: int
 ) -> Plan:
     """How to normalise equal ghosts.
 
@@ -68,6 +60,7 @@ def plan(
         values: of one channel in each ghost.
         channels, pixels: C and P.
         element_bytes: of one value.
+        processors: of the device, its multiprocessors.
     """
     # Adjacent channels that make whole sectors of 32 bytes, better whole cache lines.
     widths = [1] if pixels > 1 else [min(triton.next_power_of_2(channels), n // element_bytes) for n in (64, 32)]
@@ -76,17 +69,13 @@ def plan(
         rows = triton.next_power_of_2(values)
         if rows * width <= most:
             slabs = ghosts * triton.cdiv(channels, width)
-            return Plan("resident", rows, width, slabs, slabs, 1)
+            return Plan("resident", rows, width, slabs, 1)
 
     width = widths[0]
     rows = STREAMED_TILE // width
     slabs = ghosts * triton.cdiv(channels, width)
-    tensors = {"forward": 1, "backward": 2}[direction]  # read twice: x; x and the gradient
-    at_once = min(slabs, device.l2_bytes // 2 // (values * width * element_bytes * tensors))
-    if pixels > 1 and at_once >= device.processors:
-        return Plan("reread", rows, width, slabs, at_once, 1)
-    splits = min(triton.cdiv(PROGRAMS_PER_PROCESSOR * device.processors, slabs), triton.cdiv(values, rows))
-    return Plan("split", rows, width, slabs, slabs, triton.next_power_of_2(splits))
+    splits = min(triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, slabs), triton.cdiv(values, rows))
+    return Plan("split", rows, width, slabs, min(MAX_SPLITS, triton.next_power_of_2(splits)))
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -249,27 +238,18 @@ def _normalize_rows(
 
 @triton.jit
 def _forward(
-    x, residual, y, weight, bias, mean_out, variance_out, invstd_out, slabs, values, eps,
+    x, residual, y, weight, bias, mean_out, variance_out, invstd_out, values, eps,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-    RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Whole slabs; RESIDENT if one fits the tile."""
-    for slab in range(tl.program_id(0), slabs, tl.num_programs(0)):
-        if RESIDENT:
-            offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
-            value = _load(x, offsets, mask, "evict_first")
-            mean, rest, squares = _merge(value, 0.0, mask.to(tl.float32), values)
-        else:
-            mean, rest, squares = _moments(x, slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
-        invstd = _save_statistics(mean, squares, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
-        scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
-        shift = _parameter(bias, slab, C, CHANNELS, 0.0) - rest * scale
-        if RESIDENT:
-            _finish(_normalize(value, mean, scale, shift), residual, y, offsets, mask, RELU)
-        else:
-            _normalize_rows(
-                x, residual, y, mean, scale, shift, slab, 0, values, values, C, P, RELU, ROWS, CHANNELS, EVEN
-            )
+    """A slab that fits the tile."""
+    slab = tl.program_id(0)
+    offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
+    value = _load(x, offsets, mask, "evict_first")
+    mean, rest, squares = _merge(value, 0.0, mask.to(tl.float32), values)
+    invstd = _save_statistics(mean, squares, mean_out, variance_out, invstd_out, slab, values, eps, C, CHANNELS)
+    scale = invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
+    shift = _parameter(bias, slab, C, CHANNELS, 0.0) - rest * scale
+    _finish(_normalize(value, mean, scale, shift), residual, y, offsets, mask, RELU)
 
 
 @triton.jit
@@ -365,34 +345,26 @@ def _dx_rows(
 
 @triton.jit
 def _backward(
-    dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, slabs, values,
+    dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias, values,
     C: tl.constexpr, P: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
-    RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Whole slabs; dweight and dbias of each ghost into tensors [G, C]. y is kept where a ReLU followed a residual."""
-    for slab in range(tl.program_id(0), slabs, tl.num_programs(0)):
-        slab_mean, slab_invstd = _read(mean, slab, C, CHANNELS), _read(invstd, slab, C, CHANNELS)
-        scale = slab_invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
-        shift = _parameter(bias, slab, C, CHANNELS, 0.0)
-        if RESIDENT:
-            offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
-            deviation = _load(x, offsets, mask, "evict_first") - slab_mean[None, :]
-            gradient = _gradient(dy, y, deviation, scale, shift, offsets, mask, RELU, "evict_first")
-            if y is not None:
-                _store(dresidual, offsets, gradient, mask)
-            total, dot = tl.sum(gradient, 0), tl.sum(gradient * deviation, 0)
-            _store_dx(dx, gradient, deviation, total, dot, scale, slab_invstd, values, offsets, mask)
-        else:
-            total, dot = _sums(
-                dy, x, y, dresidual, slab_mean, scale, shift, slab, 0, values, values, C, P, RELU, ROWS, CHANNELS, EVEN
-            )
-            tl.debug_barrier()  # dresidual may be read by other threads than wrote it
-            _dx_rows(
-                dy, x, y, dx, dresidual, slab_mean, slab_invstd, scale, shift, total, dot, slab, 0, values, values,
-                C, P, RELU, ROWS, CHANNELS, EVEN,
-            )  # fmt: skip
-        _write(dweight, slab, dot * slab_invstd, C, CHANNELS)
-        _write(dbias, slab, total, C, CHANNELS)
+    """A slab that fits the tile; dweight and dbias of each ghost into tensors [G, C].
+
+    y is kept where a ReLU followed a residual.
+    """
+    slab = tl.program_id(0)
+    slab_mean, slab_invstd = _read(mean, slab, C, CHANNELS), _read(invstd, slab, C, CHANNELS)
+    scale = slab_invstd * _parameter(weight, slab, C, CHANNELS, 1.0)
+    shift = _parameter(bias, slab, C, CHANNELS, 0.0)
+    offsets, mask = _tile(slab, 0, values, values, C, P, ROWS, CHANNELS, EVEN)
+    deviation = _load(x, offsets, mask, "evict_first") - slab_mean[None, :]
+    gradient = _gradient(dy, y, deviation, scale, shift, offsets, mask, RELU, "evict_first")
+    if y is not None:
+        _store(dresidual, offsets, gradient, mask)
+    total, dot = tl.sum(gradient, 0), tl.sum(gradient * deviation, 0)
+    _store_dx(dx, gradient, deviation, total, dot, scale, slab_invstd, values, offsets, mask)
+    _write(dweight, slab, dot * slab_invstd, C, CHANNELS)
+    _write(dbias, slab, total, C, CHANNELS)
 
 
 @triton.jit
@@ -472,9 +444,8 @@ def is_able(x: Tensor, ghost_rows: int) -> bool:
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(kernel, x: Tensor, grid: tuple[int, ...], *arguments, warps: int, **constants) -> None:
@@ -506,7 +477,7 @@ def _plan(direction: str, x: Tensor, channels_last: bool, ghosts: int, rows: int
     channels, pixels = x.shape[1], x.shape[2:].numel()
     values = rows * pixels
     pixels = 1 if channels_last else pixels
-    how = plan(direction, ghosts, values, channels, pixels, x.element_size(), _device(x.device))
+    how = plan(direction, ghosts, values, channels, pixels, x.element_size(), _processors(x.device))
     return (
         how,
         values,
@@ -540,9 +511,8 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
         part, outs = x[rows], [statistic[ghosts] for statistic in statistics.unbind()]
         how, values, constants = _plan("forward", x, channels_last, len(outs[0]), rows_of_ghost)
         ins = part, _rows(residual, rows), y[rows], weight, bias
-        if how.way != "split":
-            constants |= {"RELU": relu, "RESIDENT": how.way == "resident"}
-            _launch(_forward, x, (how.slabs_at_once,), *ins, *outs, how.slabs, values, eps, **constants)
+        if how.way == "resident":
+            _launch(_forward, x, (how.slabs,), *ins, *outs, values, eps, RELU=relu, **constants)
             continue
         entries = outs[0].numel()
         of_part, parts = _parts(how, values, x, entries)
@@ -565,9 +535,8 @@ def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
         constants["RELU"] = relu
         ins = dy[rows], x[rows], _rows(y, rows), weight, bias, mean[ghosts], invstd[ghosts]
         outs = dx[rows], _rows(dresidual, rows), dweight[ghosts], dbias[ghosts]
-        if how.way != "split":
-            resident = how.way == "resident"
-            _launch(_backward, x, (how.slabs_at_once,), *ins, *outs, how.slabs, values, RESIDENT=resident, **constants)
+        if how.way == "resident":
+            _launch(_backward, x, (how.slabs,), *ins, *outs, values, **constants)
             continue
         entries = outs[2].numel()
         of_part, parts = _parts(how, values, x, entries)
