@@ -1,5 +1,7 @@
 """Ladders in READMEs are what results.csv says, and the rows that the paper lacks stand where they belong."""
 
+import re
+
 import PIL.Image
 import pytest
 from small_run import small_recipe
@@ -42,6 +44,13 @@ def table(text, ladder):
     block = text.split(f"<!-- ladder {ladder}: ")[1].split("<!-- end of ladder -->")[0]
     lines = [line for line in block.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+@pytest.mark.parametrize("folder", [".", "benchmarks", "hub", "recipes", "recipes/cifar10", "recipes/mnist", "tests"])
+def test_what_a_page_links_to_in_this_checkout_is_there(folder):
+    for page in (ROOT / folder).glob("*.md"):
+        targets = re.findall(r"\]\(([^)#:\s]+)", page.read_text(encoding="utf-8"))
+        assert [target for target in targets if not (page.parent / target).exists()] == [], page
 
 
 def test_a_block_is_filled_and_what_is_around_it_stays(checkout):
