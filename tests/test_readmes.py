@@ -49,7 +49,7 @@ def table(text, ladder):
 @pytest.mark.parametrize("folder", [".", "benchmarks", "hub", "recipes", "recipes/cifar10", "recipes/mnist", "tests"])
 def test_what_a_page_links_to_in_this_checkout_is_there(folder):
     for page in (ROOT / folder).glob("*.md"):
-        targets = re.findall(r"\]\(([^)#:\s]+)", page.read_text(encoding="utf-8"))
+        targets = re.findall(r"\]\(([^)#:\s]+)[)#]", page.read_text(encoding="utf-8"))
         assert [target for target in targets if not (page.parent / target).exists()] == [], page
 
 
