@@ -39,6 +39,19 @@ def trained(tmp_path, *overrides, rung="gbn", seed=0, **options):
     return Run(train(recipe, out=tmp_path, show_progress=False, **options))
 
 
+def trainer_of(tmp_path, *overrides):
+    return Trainer(
+        load_recipe(DIGITS, [*SHORT, *overrides], rung="gbn"),
+        data_dir=None,
+        out=tmp_path,
+        processes=None,
+        micro_batch_size=32,
+        tracker=None,
+        checkpoint_seconds=60,
+        timeout_seconds=60,
+    )
+
+
 def final_weights(run):
     return run.finished()[0].model
 
@@ -364,16 +377,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
 
 def test_a_trainer_is_freed_with_its_last_reference(tmp_path):
     """What a garbage collector must find may still be there when Python ends, and the threads of a process group abort it."""
-    trainer = Trainer(
-        load_recipe(DIGITS, SHORT, rung="gbn"),
-        data_dir=None,
-        out=tmp_path,
-        processes=None,
-        micro_batch_size=32,
-        tracker=None,
-        checkpoint_seconds=60,
-        timeout_seconds=60,
-    )
+    trainer = trainer_of(tmp_path)
     with trainer.opened_run(resume=False):
         trainer.set_rates(0)
         trainer.add_gradients(0)
@@ -430,17 +434,7 @@ def test_a_network_that_waits_for_the_host_is_told_what_to_do(tmp_path, monkeypa
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_an_update_never_makes_the_host_wait_for_the_gpu(tmp_path):
     noise = "gradient_noise={kind: multiplicative, sigma: 0.5}"
-    recipe = load_recipe(DIGITS, [*SHORT, noise, "data.augment=pad1_crop", "precision=bf16"], rung="gbn")
-    trainer = Trainer(
-        recipe,
-        data_dir=None,
-        out=tmp_path,
-        processes=None,
-        micro_batch_size=32,
-        tracker=None,
-        checkpoint_seconds=60,
-        timeout_seconds=60,
-    )
+    trainer = trainer_of(tmp_path, noise, "data.augment=pad1_crop", "precision=bf16")
     with trainer.opened_run(resume=False):
         for update in range(3):
             if update == 1:  # the first compiles and allocates
