@@ -8,6 +8,7 @@ import pytest
 PAGES = 64 * 2**20 // 4096
 PROGRAM = """
 import resource
+import statistics
 import torch
 from gbnzoo.allocator import keep_freed_memory
 
@@ -15,10 +16,12 @@ if {keep} and not keep_freed_memory():
     raise SystemExit(3)
 x = torch.zeros(64 * 2**20, dtype=torch.uint8)
 x.clone()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+faults = []
+for _ in range(11):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x.clone()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(statistics.median(faults))  # a machine short of memory takes some pages back now and then
 """
 
 
@@ -32,5 +35,6 @@ def faults_a_clone(keep: bool) -> float:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the page faults of Linux with glibc")
 def test_a_tensor_freed_and_made_again_finds_its_pages():
-    assert faults_a_clone(keep=True) < 0.01 * PAGES
-    assert faults_a_clone(keep=False) > 100 * max(1, faults_a_clone(keep=True))
+    kept, released = faults_a_clone(keep=True), faults_a_clone(keep=False)
+    assert kept < 0.01 * PAGES
+    assert released > 100 * max(1, kept)

@@ -88,7 +88,8 @@ def archives(tmp_path_factory) -> tuple[set[str], Path]:
 
     build("sdist", checkout)
     with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
-        archive.extractall(out, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which 3.11.3 and older have not
+        archive.extractall(out)
     source = out / f"gbnzoo-{gbnzoo.__version__}"
     build("wheel", source)
     return {f.relative_to(source).as_posix() for f in source.rglob("*") if f.is_file()}, next(out.glob("*.whl"))

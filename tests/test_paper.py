@@ -62,7 +62,8 @@ def test_the_batch_that_the_paper_names_is_told_apart():
 
 
 def test_the_table_of_f1_has_the_papers_column():
-    table = ladder_table(group_by_rung(read_results(HUB / "results.csv"))).splitlines()
+    rows = [row for row in read_results(HUB / "results.csv") if row["model"].startswith("mlp5_gbn.mnist_")]
+    table = ladder_table(group_by_rung(rows)).splitlines()
     column = [cell.strip() for cell in table[0].split("|")].index("paper")
     f1 = [line.split("|") for line in table if line.split("|")[2].strip() in ("128", "4096")]
     papers = {cells[1].strip(): cells[column].strip() for cells in f1 if cells[column].strip()}
