@@ -6,9 +6,6 @@ Through `gbnzoo train`'s own trainer. A row is all that is done for one, but for
 record. Rows and updates are as many as the recipe makes of them. One thread, CPU time, in turns.
 """
 
-import contextlib
-import math
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +13,9 @@ import torch
 import typer
 
 from benchmarks.timing import interleave, quartiles, setting
+from benchmarks.trainers import opened_trainer
 from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.recipe import load_recipe
-from gbnzoo.trainer import Trainer
 
 RUNS = (  # recipe, rung, overrides: from many updates to few, and the shortest
     ("recipes/mnist/mlp5_gbn.yaml", "gbn", []),
@@ -42,18 +39,7 @@ def main(
 
 def measure(path: str, rung: str, overrides: list[str], data_dir: Path | None, rounds: int) -> None:
     recipe = load_recipe(path, overrides, rung=rung)
-    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
-        trainer = Trainer(
-            recipe,
-            data_dir=data_dir,
-            out=out,
-            processes=1,
-            micro_batch_size=None,
-            tracker=None,
-            checkpoint_seconds=math.inf,
-            timeout_seconds=600,
-        )
-        stack.enter_context(trainer.opened_run(resume=False))
+    with opened_trainer(recipe, data_dir) as trainer:
         updates, rows = trainer.regime.total_updates, len(trainer.logged_updates)
         trainer.evaluated_updates = set()
         bar = trainer.progress_bar(False)

@@ -8,8 +8,6 @@ looks out for signals. In turns; on a CPU one thread's CPU time, on a GPU the cl
 """
 
 import contextlib
-import math
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,21 +22,23 @@ from torch import nn
 
 import gbnzoo
 from benchmarks.timing import interleave, rate, ratio, setting
+from benchmarks.trainers import opened_trainer
 from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.recipe import load_recipe
 from gbnzoo.trainer import Trainer, build_model, build_optimizer
 
-RECIPES = {  # and the batch of one update
-    "recipes/cifar10/resnet44_gbn.yaml": 128,
-    "recipes/cifar100/wide_resnet16_4_gbn.yaml": 128,
-    "recipes/mnist/mlp5_gbn.yaml": 4096,
-}
-ON_GPU = {
-    "recipes/cifar10/resnet44_gbn.yaml": (128, 4096),
-    "recipes/cifar10/cifar_resnet18_gbn.yaml": (4096,),
-    "recipes/cifar100/wide_resnet16_4_gbn.yaml": (4096,),
-}
+RECIPES = [  # and the batch of one update
+    ("recipes/cifar10/resnet44_gbn.yaml", 128),
+    ("recipes/cifar100/wide_resnet16_4_gbn.yaml", 128),
+    ("recipes/mnist/mlp5_gbn.yaml", 4096),
+]
+RECIPES_ON_GPU = [
+    ("recipes/cifar10/resnet44_gbn.yaml", 128),
+    ("recipes/cifar10/resnet44_gbn.yaml", 4096),
+    ("recipes/cifar10/cifar_resnet18_gbn.yaml", 4096),
+    ("recipes/cifar100/wide_resnet16_4_gbn.yaml", 4096),
+]
 UPDATES_A_ROW = 8  # of the log; a real run writes far fewer
 UPDATES_A_ROW_ON_GPU = 12
 
@@ -55,12 +55,9 @@ def main(
     keep_freed_memory()
     on_gpu = torch.cuda.is_available()
     print(torch.cuda.get_device_name() + "; " + setting() if on_gpu else setting())
+    chosen = RECIPES_ON_GPU if on_gpu else RECIPES
     if recipes:
         chosen = [(path, int(size)) for path, _, size in (each.rpartition(":") for each in recipes.split(","))]
-    elif on_gpu:
-        chosen = [(path, size) for path, sizes in ON_GPU.items() for size in sizes]
-    else:
-        chosen = list(RECIPES.items())
     for path, batch_size in chosen:
         measure(path, batch_size, data_dir, rounds, UPDATES_A_ROW_ON_GPU if on_gpu else UPDATES_A_ROW, inductor)
 
@@ -68,24 +65,14 @@ def main(
 def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, updates: int, inductor: bool) -> None:
     overrides = [f"large.batch_size={batch_size}", "base.epochs=1000"]
     recipe = load_recipe(path, overrides, rung="gbn")
-    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
 
-        def opened(folder: str, **options: bool) -> Trainer:
-            trainer = Trainer(
-                recipe,
-                data_dir=data_dir,
-                out=Path(out) / folder,
-                processes=1,
-                micro_batch_size=batch_size,
-                tracker=None,
-                checkpoint_seconds=math.inf,
-                timeout_seconds=600,
-                **options,
+        def opened(cuda_graphs: bool) -> Trainer:
+            return stack.enter_context(
+                opened_trainer(recipe, data_dir, micro_batch_size=batch_size, cuda_graphs=cuda_graphs)
             )
-            stack.enter_context(trainer.opened_run(resume=False))
-            return trainer
 
-        trainer = opened("gbnzoo")
+        trainer = opened(cuda_graphs=True)
         contenders = {
             "gbnzoo train": _trained(trainer, updates),
             "bare step, ghost norm, bf16 channels_last": _bare_step(trainer, recipe.large.ghost_batch_size, updates),
@@ -94,7 +81,7 @@ def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, upda
         }
         clock = time.process_time
         if trainer.device.type == "cuda":
-            contenders["gbnzoo train --no-cuda-graphs"] = _trained(opened("launched", cuda_graphs=False), updates)
+            contenders["gbnzoo train --no-cuda-graphs"] = _trained(opened(cuda_graphs=False), updates)
             if inductor:
                 contenders["nn.BatchNorm, bf16 channels_last, timm's loop, --torchcompile"] = _timm_loop(
                     trainer, batch_size, torch.bfloat16, updates, compiled=True
