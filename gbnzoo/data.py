@@ -725,6 +725,7 @@ AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether
     "none": (0, False),
     "pad1_crop": (1, False),
     "pad2_crop": (2, False),
+    "pad2_crop_flip": (2, True),
     "pad4_crop": (4, False),
     "pad4_crop_flip": (4, True),
 }
