@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,19 @@ def interleave(
 ) -> Times:
     """Seconds of CPU time of this process for each call, `rounds` of each contender, in turns.
 
-    CPU time, since waiting for a shared core is nobody's fault; so give it one thread, or another clock.
+    CPU time, since waiting for a shared core is nobody's fault; so give it one thread, or another clock. Each round has an
+    order and a heap of its own: what ran before leaves caches warm or cold, and whether new tensors come to lie where the last
+    ones did is luck that lasts as long as a process. Either has been a third of a call's time.
     """
     times: Times = {name: [] for name in contenders}
+    draw, names = random.Random(0), list(contenders)
     for i in range(warmups + rounds):
-        for name, contender in contenders.items():
+        draw.shuffle(names)
+        blocks = [torch.empty(draw.randrange(1 << 22), dtype=torch.uint8) for _ in range(16)]
+        del blocks[::2]
+        for name in names:
             began = clock()
-            contender()
+            contenders[name]()
             if i >= warmups:
                 times[name].append(clock() - began)
     return times

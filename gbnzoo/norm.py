@@ -150,6 +150,10 @@ class _GhostBatchNorm(_BatchNorm):
     def normalize(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """BatchNorm's output, + residual, then ReLU; see `ghost_batch_norm`."""
         self._check_input_dim(input)
+        if not torch.jit.is_scripting():
+            y = self._normalize_directly(input, residual, relu)
+            if y is not None:
+                return y
         if self.ghost_batch_size is not None and self.training and input.shape[0] > 0:
             return self.normalize_ghosts(input, residual, relu)
         if not self.training and self.world_size > 1:
@@ -179,9 +183,6 @@ class _GhostBatchNorm(_BatchNorm):
     def normalize_ghosts(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         if not torch.jit.is_scripting():
             self._count_rows(input.shape[0])
-            y = self._normalize_directly(input, residual, relu)
-            if y is not None:
-                return y
         ghost_rows = self.ghost_batch_size * self.rows_per_sample
         if self.process_group is None:
             y, mean, var = ghost_batch_norm(input, self.weight, self.bias, ghost_rows, self.eps, residual, relu)
@@ -193,30 +194,33 @@ class _GhostBatchNorm(_BatchNorm):
         return y
 
     def _normalize_directly(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
-        """All that `normalize_ghosts` does in one call of a kernel; None where there is none that can."""
-        if self.process_group is not None:
+        """All that `normalize` does in training, by one call of a kernel; None where there is none that can."""
+        if not self.training or self.ghost_batch_size is None or self.process_group is not None:
             return None
-        ghost_rows = self.ghost_batch_size * self.rows_per_sample
-        weight, bias, running, folding = self.weight, self.bias, (), None
-        if self.track_running_stats and not _is_recomputation():
-            buffers = self._buffers  # sooner than through nn.Module.__getattr__
-            running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        kernel = kernels.pick_direct(input, ghost_rows, residual, (weight, bias), running)
+        kernel = kernels.pick_direct()
         if kernel is None:
             return None
-        if running:
-            folding = self._folding(running, max(1, input.shape[0] // ghost_rows))
-        return kernel(input, weight, bias, ghost_rows, self.eps, residual, relu, folding)
+        rows = input.shape[0]
+        if self.samples is not None and rows > 0:
+            self._count_rows(rows)
+        ghost_rows, folding = self.ghost_batch_size * self.rows_per_sample, None
+        if self.track_running_stats and not _is_recomputation():
+            if self.momentum is None:
+                return None
+            buffers = self._buffers  # sooner than through nn.Module.__getattr__
+            running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            folding = self._folding(running, max(1, rows // ghost_rows))
+        parameters = self._parameters  # as are the buffers; not there where something computes them
+        if "weight" not in parameters or "bias" not in parameters:
+            return None
+        return kernel(input, parameters["weight"], parameters["bias"], ghost_rows, self.eps, residual, relu, folding)
 
     def _folding(self, running: tuple[Tensor, Tensor, Tensor], ghosts: int) -> Folding:
         """What `update_running_statistics` does, for a kernel to do."""
-        counted = ghosts * self.world_size
-        if self.momentum is None:
-            total = running[2].item() + counted
-            return Folding(*running, counted, 1 - counted / total, 1.0, 1 / total)
         keep = 1 - self.momentum
         step = keep**self.world_size
-        return Folding(*running, counted, step**ghosts, step, self.momentum * keep ** (self.world_size - 1 - self.rank))
+        last = self.momentum * keep ** (self.world_size - 1 - self.rank)
+        return Folding(*running, ghosts * self.world_size, step**ghosts, step, last)
 
     def _normalize_part_of_ghost(self, input: Tensor, ghost_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         processes = torch.distributed.get_world_size(self.process_group)

@@ -6,7 +6,6 @@
 import functools
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -52,41 +51,9 @@ def pick(
     return cpu.ghost_batch_norm if is_able else None
 
 
-def pick_direct(
-    x: Tensor,
-    ghost_rows: int,
-    residual: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    running: tuple[Tensor, ...] = (),
-) -> Callable[..., Tensor] | None:
-    """A kernel that also folds the statistics of x's ghosts into the running ones, and is called past torch's dispatcher.
-
-    For small layers, where torch's way to an operator costs more than the norm.
-
-    Args:
-        x, ghost_rows, residual: as for `pick`.
-        parameters: weight and bias.
-        running: mean, variance and count; none if they are not to change.
-
-    Returns:
-        `cpu.fold_and_normalize`; None where `pick` has no kernel or a tensor is not as the kernel reads it: on other devices,
-        of other dtypes than float32, under torch.compile and whatever else watches or transforms what torch does.
-    """
-    if not cpu.is_direct(x, residual, *parameters, *running):
-        return None
-    if not _ARE_ON or cpu.LIBRARY is None or x.dtype not in cpu.DTYPES or torch.autograd.forward_ad._current_level >= 0:
-        return None
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        return None
-    if not _has_values(x.shape, ghost_rows) or (running and running[2].dtype != torch.int64):
-        return None
-    size = x.shape[1:2]
-    for tensor in (*parameters, *running[:2]):
-        if tensor is not None and not (
-            tensor.dtype == torch.float32 and tensor.shape == size and tensor.is_contiguous()
-        ):
-            return None
-    return cpu.fold_and_normalize
+def pick_direct() -> Callable[..., Tensor | None] | None:
+    """`cpu.fold_and_normalize`, which tells itself what tensors it cannot take; None where kernels must be operators."""
+    return cpu.fold_and_normalize if _ARE_ON and cpu.LIBRARY is not None and not cpu.is_watched() else None
 
 
 def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[..., None] | None:
@@ -104,12 +71,6 @@ def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[
         return None
     is_plain = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in running[:2])
     return cpu.fold if is_plain and mean.is_contiguous() else None
-
-
-@functools.lru_cache(maxsize=1024)
-def _has_values(shape: tuple[int, ...], ghost_rows: int) -> bool:
-    """Whether ghosts hold more than a single value per channel."""
-    return min(shape[0], ghost_rows) * math.prod(shape[2:]) > 1 and shape[1] > 0
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
@@ -27,11 +28,17 @@ from gbnzoo.kernels import reference
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # best first
 DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+_FUNCTIONS = {
+    (direction, dtype): f"ghost_norm_{direction}_{name}"
+    for direction in ("forward", "backward")
+    for dtype, name in DTYPES.items()
+}
 
 _INTERFACE = 2  # of the functions in ghost_norm.cpp
 # Their arguments there, in one piece: ctypes takes longer over each than small layers do over the norm.
 _FORWARD_ARGUMENTS, _BACKWARD_ARGUMENTS = struct.Struct("7q9Qq4d"), struct.Struct("7q10Q")
 _PLAIN_CLASSES = (Tensor, Parameter)
+_FLOAT = torch.float32
 
 
 def _folders() -> Iterator[Path]:
@@ -60,10 +67,9 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
         return None
     if not library.ghost_norm_is_supported():
         return None
-    for dtype in DTYPES.values():
-        for direction in ("forward", "backward"):
-            function = getattr(library, f"ghost_norm_{direction}_{dtype}")
-            function.argtypes, function.restype = [c_char_p], None
+    for name in _FUNCTIONS.values():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [c_char_p], None
     # The OpenMP runtime torch has loaded for all to see: a second one would fight it for the cores. Without, one thread works.
     if gomp_parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None):
         library.ghost_norm_use_threads_of(gomp_parallel)
@@ -99,7 +105,7 @@ def ghost_batch_norm(
     Departs from it in that `residual` [as x] is added and the ReLU taken before the result is rounded to x's dtype.
     x is float32 or bfloat16, with more than one value per channel in each ghost.
     """
-    y, statistics = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu, None)
+    y, statistics = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu)
     mean, variance, _ = statistics.unbind()
     return y, mean, variance
 
@@ -113,11 +119,40 @@ def fold_and_normalize(
     residual: Tensor | None,
     relu: bool,
     folding: Folding | None,
-) -> Tensor:
-    """`ghost_batch_norm`'s y, in one call that also folds the statistics into the running ones; only if `is_direct`."""
-    y, _ = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu, folding)
-    if folding is not None:
-        increment_version(folding[:3])
+) -> Tensor | None:
+    """`ghost_batch_norm`'s y, in one call that also folds the statistics into the running ones; only unless `is_watched`.
+
+    For small layers, where torch's way to an operator takes longer than the norm, and so do a few lines of Python: what can
+    be remembered of a layout is, and the rest is written out.
+
+    Returns:
+        None where a tensor is not as the kernel reads it: on other devices, in other layouts, of other dtypes than float32
+        but for x.
+    """
+    if not _is_plain(x) or x.dtype not in DTYPES or forward_ad._current_level >= 0:
+        return None
+    plan = _plan(x.shape, x.stride(), ghost_rows)
+    if plan is None or not plan.has_values:
+        return None
+    if residual is not None:
+        if not _is_plain(residual) or residual.dtype is not x.dtype or residual.shape != x.shape:
+            return None
+        residual = _as(residual, x)
+    running = () if folding is None else folding[:3]
+    for vector in (weight, bias, *running[:2]):
+        if vector is not None and not (
+            type(vector) in _PLAIN_CLASSES
+            and vector.is_cpu
+            and vector.dtype is _FLOAT
+            and vector.shape == plan.channels
+            and vector.is_contiguous()
+        ):
+            return None
+    if running and not (_is_plain(running[2]) and running[2].dtype is torch.int64):
+        return None
+    y = _DirectGhostBatchNorm.apply(x, residual, weight, bias, (plan, ghost_rows, eps, relu, folding))
+    if running:
+        increment_version(running)
     return y
 
 
@@ -126,29 +161,33 @@ def fold(mean: Tensor, variance: Tensor, folding: Folding) -> None:
     torch.ops.gbnzoo.fold_ghosts(mean, variance, *folding)
 
 
-def is_direct(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors in this process's memory, and torch would run an operator on them at once.
-
-    Not so while something records, transforms or counts operators. Then the kernels must be operators too.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if (
-        torch._C._len_torch_dispatch_stack()
+def is_watched() -> bool:
+    """Whether something records, transforms or counts operators: then the kernels must be operators too."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or torch.autograd.profiler._is_profiler_enabled
-    ):
-        return False
-    return all(tensor is None or (type(tensor) in _PLAIN_CLASSES and tensor.is_cpu) for tensor in tensors)
+    )
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors in this process's memory, and torch would run an operator on them at once."""
+    return not is_watched() and all(tensor is None or _is_plain(tensor) for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN_CLASSES and tensor.is_cpu
 
 
 class _GhostBatchNorm(torch.autograd.Function):
     """Keeps x alone for the backward pass, and y too where a residual was added before the ReLU."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, ghost_rows, eps, relu, folding):
-        if folding is not None or is_direct(x, residual, weight, bias):
-            y, statistics = _forward(x, residual, weight, bias, ghost_rows, eps, relu, folding)
+    def forward(ctx, x, residual, weight, bias, ghost_rows, eps, relu):
+        if is_direct(x, residual, weight, bias):
+            y, statistics = _forward(x, residual, weight, bias, ghost_rows, eps, relu)
         else:
             y, statistics = torch.ops.gbnzoo.ghost_batch_norm(x, residual, weight, bias, ghost_rows, eps, relu)
         ctx.mark_non_differentiable(statistics)
@@ -159,21 +198,47 @@ class _GhostBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(ctx, dy), None, None, None, None
-        x, y, weight, bias, statistics = ctx.saved_tensors
+        return *_gradients(ctx, dy), None, None, None
+
+
+class _DirectGhostBatchNorm(torch.autograd.Function):
+    """The same for `fold_and_normalize`: few arguments and one result, for autograd takes its time over each."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, call):
+        plan, ctx.ghost_rows, ctx.eps, ctx.relu, folding = call
+        ctx.has_residual = residual is not None
+        y, statistics = _run_forward(x, residual, weight, bias, plan, ctx.eps, ctx.relu, folding)
+        ctx.save_for_backward(x, y if ctx.relu and ctx.has_residual else None, weight, bias, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *_gradients(ctx, dy), None
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, residual, weight and bias."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return tuple(_differentiable_backward(ctx, dy))
+    x, y, weight, bias, statistics = ctx.saved_tensors
+    # Without storage dy is several gradients, of a torch.autograd.grad with is_grads_batched.
+    if is_direct(dy, x, weight) and torch._C._has_storage(dy):
+        dx, dresidual, dweight, dbias = _run_backward(dy, x, y, weight, bias, statistics, ctx.ghost_rows, ctx.relu)
+    else:
         backward = torch.ops.gbnzoo.ghost_batch_norm_backward
-        # Without storage dy is several gradients, of a torch.autograd.grad with is_grads_batched.
-        if is_direct(dy, x, weight) and torch._C._has_storage(dy):
-            backward = _backward
         dx, dresidual, dweight, dbias = backward(dy, x, y, weight, bias, statistics, ctx.ghost_rows, ctx.relu)
-        if not ctx.has_residual:
-            dresidual = None
-        elif not ctx.relu:
-            dresidual = dy
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dresidual, dweight, dbias, None, None, None, None
+    if not ctx.has_residual:
+        dresidual = None
+    elif not ctx.relu:
+        dresidual = dy
+    return dx, dresidual, _in_dtype_of(weight, dweight), _in_dtype_of(bias, dbias)
+
+
+def _in_dtype_of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    if parameter is None or parameter.dtype is gradient.dtype:
+        return None if parameter is None else gradient
+    return gradient.to(parameter.dtype)
 
 
 def _differentiable_backward(ctx, dy: Tensor) -> list[Tensor | None]:
@@ -206,7 +271,7 @@ def _as(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(parameter: Tensor | None) -> Tensor | None:
-    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+    if parameter is None or (parameter.dtype is _FLOAT and parameter.is_contiguous()):
         return parameter
     return parameter.to(torch.float32).contiguous()
 
@@ -216,21 +281,30 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
-    return getattr(LIBRARY, f"ghost_norm_{direction}_{DTYPES[dtype]}")
+    return getattr(LIBRARY, _FUNCTIONS[direction, dtype])
+
+
+class Plan(NamedTuple):
+    """What a tensor's layout says to the kernel."""
+
+    shape: tuple[int, ...]  # the first arguments of its functions
+    statistics: tuple[int, ...]
+    channels: tuple[int, ...]
+    has_values: bool  # more than one per channel in each ghost
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    shape: tuple[int, ...], strides: tuple[int, ...], ghost_rows: int
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The first arguments of the kernel's functions and the statistics' shape; None for a tensor in no layout they read."""
+def _plan(shape: tuple[int, ...], strides: tuple[int, ...], ghost_rows: int) -> Plan | None:
+    """None for a tensor in no layout the kernel reads."""
     samples, channels, *pixels = shape
     is_last = math.prod(pixels) == 1
     if not _is_dense(shape, strides):
         is_last = True
         if not _is_dense((samples, *pixels, channels), (strides[0], *strides[2:], strides[1])):
             return None
-    return (samples, channels, math.prod(pixels), ghost_rows, is_last), (3, max(1, samples // ghost_rows), channels)
+    has_values = channels > 0 and min(samples, ghost_rows) * math.prod(pixels) > 1
+    numbers = samples, channels, math.prod(pixels), ghost_rows, is_last
+    return Plan(numbers, (3, max(1, samples // ghost_rows), channels), (channels,), has_values)
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -242,13 +316,13 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _planned(x: Tensor, ghost_rows: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+def _planned(x: Tensor, ghost_rows: int) -> tuple[Tensor, Plan]:
     """x in a layout the kernel reads, no copy if it is, and its plan."""
     plan = _plan(x.shape, x.stride(), ghost_rows)
     if plan is None:
         x, _ = _dense(x)
         plan = _plan(x.shape, x.stride(), ghost_rows)
-    return x, *plan
+    return x, plan
 
 
 torch.library.define(
@@ -285,20 +359,23 @@ def _fold_fake(mean, variance, running_mean, running_variance, count, counted, k
     pass
 
 
-def _forward(x, residual, weight, bias, ghost_rows, eps, relu, folding=None):
+def _forward(x, residual, weight, bias, ghost_rows, eps, relu):
     """y, and [3, G, C] of mean, unbiased variance and 1 / standard deviation."""
-    x, shape, statistics_shape = _planned(x, ghost_rows)
+    x, plan = _planned(x, ghost_rows)
     if residual is not None:
         residual = _as(residual, x)
-    weight, bias = _wide(weight), _wide(bias)
-    y, statistics = torch.empty_like(x), x.new_empty(statistics_shape, dtype=torch.float32)
+    return _run_forward(x, residual, _wide(weight), _wide(bias), plan, eps, relu, None)
+
+
+def _run_forward(x, residual, weight, bias, plan, eps, relu, folding):
+    y, statistics = torch.empty_like(x), x.new_empty(plan.statistics, dtype=torch.float32)
     if folding is None:
         running, numbers = (0, 0, 0), (0, eps, 0.0, 0.0, 0.0)
     else:
-        running = folding.mean.data_ptr(), folding.variance.data_ptr(), folding.count.data_ptr()
-        numbers = folding.counted, eps, folding.keep, folding.step, folding.last
+        mean, variance, count, counted, keep, step, last = folding
+        running, numbers = (mean.data_ptr(), variance.data_ptr(), count.data_ptr()), (counted, eps, keep, step, last)
     arguments = _FORWARD_ARGUMENTS.pack(
-        *shape, relu, torch.get_num_threads(),
+        *plan.shape, relu, torch.get_num_threads(),
         x.data_ptr(), _pointer(residual), _pointer(weight), _pointer(bias), y.data_ptr(), statistics.data_ptr(),
         *running, *numbers,
     )  # fmt: skip
@@ -307,16 +384,21 @@ def _forward(x, residual, weight, bias, ghost_rows, eps, relu, folding=None):
 
 
 def _backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
-    x, shape, _ = _planned(x, ghost_rows)
+    dx, dresidual, dweight, dbias = _run_backward(dy, x, y, weight, bias, statistics, ghost_rows, relu)
+    return dx, x.new_empty(0) if dresidual is None else dresidual, dweight, dbias
+
+
+def _run_backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
+    """The gradients of x, residual (None unless y is given), weight and bias."""
+    x, plan = _planned(x, ghost_rows)
     dy = _as(dy, x)
     weight, bias = _wide(weight), _wide(bias)
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if y is not None else x.new_empty(0)
-    dweight, dbias = statistics.new_empty(x.shape[1]), statistics.new_empty(x.shape[1])
+    dx, dresidual = torch.empty_like(x), None if y is None else torch.empty_like(x)
+    dweight, dbias = statistics.new_empty(plan.channels), statistics.new_empty(plan.channels)
     arguments = _BACKWARD_ARGUMENTS.pack(
-        *shape, relu, torch.get_num_threads(),
+        *plan.shape, relu, torch.get_num_threads(),
         dy.data_ptr(), x.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), statistics.data_ptr(),
-        dx.data_ptr(), 0 if y is None else dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
+        dx.data_ptr(), _pointer(dresidual), dweight.data_ptr(), dbias.data_ptr(),
     )  # fmt: skip
     _function("backward", x.dtype)(arguments)
     return dx, dresidual, dweight, dbias
