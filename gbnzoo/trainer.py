@@ -103,7 +103,9 @@ class Trainer:
             for ghosts in self.layout.micro_batches(self.rank)
         ]
         order = GlobalBatches(len(self.train_set), regime.batch_size, recipe.seed)
-        self.micro_batches = self.train_set.micro_batches(order, self.positions, recipe.data.augment, dtype)
+        # What autocast rounds first, the input of a convolution or linear layer, is made so.
+        image_dtype = torch.bfloat16 if recipe.precision == "bf16" else dtype
+        self.micro_batches = self.train_set.micro_batches(order, self.positions, recipe.data.augment, image_dtype)
         total, evaluations = regime.total_updates, recipe.evaluations
         self.evaluated_updates = {round(total * (i + 1) / evaluations) for i in range(evaluations)} - {0}
         self.logged_updates = self.evaluated_updates | _log_spaced(total)

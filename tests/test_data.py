@@ -13,6 +13,7 @@ import torch
 import torchvision.transforms.functional as TF
 from conftest import random_pixels
 
+from gbnzoo import data
 from gbnzoo.data import (
     AUGMENTATIONS,
     DATASETS,
@@ -266,6 +267,18 @@ def test_augmented_images_are_channels_last_in_the_dtype_asked_for():
     assert (wide.dtype, single.dtype, half.dtype) == (torch.float64, torch.float32, torch.bfloat16)
     torch.testing.assert_close(single.double(), wide, rtol=0, atol=1e-6)
     assert torch.equal(half, single.bfloat16())
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_a_set_too_large_to_keep_normalised_makes_the_same_images(kind, monkeypatch):
+    images, indices, epochs = image_set(random_pixels(20, 12, 20, 3)), torch.arange(20), torch.arange(20)
+    once, each_time = [], []
+    for made, limit in ((once, 1 << 20), (each_time, 1 << 10)):
+        monkeypatch.setattr(data, "NORMALISED_BYTES", limit)
+        augment = Augment(images, kind, 0, torch.bfloat16)
+        assert (augment.normalise is None) == (made is once)
+        made.append(augment(indices, epochs))
+    assert torch.equal(*once, *each_time)
 
 
 def test_unknown_augmentation_is_named_beside_the_known_ones():
