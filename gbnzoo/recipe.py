@@ -189,11 +189,15 @@ class Optimizer(_Section):
 
 
 class Large(_Section):
-    """What the large-batch rungs use."""
+    """What the large-batch rungs use.
+
+    `lr_reference_batch_size` is the batch that `lr_scaling` takes `base.lr` to be for, where it is not base.batch_size.
+    """
 
     batch_size: PositiveInt
     ghost_batch_size: PositiveInt
     lr_scaling: LrScaling = "sqrt"
+    lr_reference_batch_size: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _whole_ghosts(self) -> "Large":
@@ -297,6 +301,7 @@ class Recipe(_Section):
             large_batch_size=self.large.batch_size,
             ghost_batch_size=self.large.ghost_batch_size,
             lr_scaling=self.large.lr_scaling,
+            lr_reference_batch_size=self.large.lr_reference_batch_size,
             schedule=self.base.schedule,
             milestones=self.base.milestones,
             lr_decay=self.base.decays,

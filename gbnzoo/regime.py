@@ -121,6 +121,7 @@ def derive_regime(
     large_batch_size: int,
     ghost_batch_size: int,
     lr_scaling: LrScaling = "sqrt",
+    lr_reference_batch_size: int | None = None,
     schedule: Schedule = "milestones",
     milestones: tuple[float, ...] = (),
     lr_decay: tuple[float, ...] = (),
@@ -139,8 +140,9 @@ def derive_regime(
         rung: key of RUNGS.
         num_samples: training samples in the data set.
         batch_size, epochs, lr, milestones (epochs), lr_decay, warmup_epochs, weight_decay_epochs: the small-batch regime.
-        large_batch_size, ghost_batch_size, lr_scaling, clip_grad_norm, gradient_noise_sigma: what the large-batch rungs use;
-            lr_scaling multiplies lr by 1, sqrt(L / S) or L / S for batches L and S.
+        large_batch_size, ghost_batch_size, lr_scaling, lr_reference_batch_size, clip_grad_norm, gradient_noise_sigma: what the
+            large-batch rungs use; lr_scaling multiplies lr by 1, sqrt(L / S) or L / S for the large batch L and the reference
+            S, which is batch_size where none is given.
 
     Raises:
         ValueError: if no update would be made.
@@ -161,7 +163,7 @@ def derive_regime(
             f"rung {rung} would make no update: {epochs} epochs of {num_samples} samples in batches of {batch};"
             f" at least {math.ceil(clock_batch / num_samples * 100) / 100} epochs are needed"
         )
-    ratio = large_batch_size / batch_size
+    ratio = large_batch_size / (lr_reference_batch_size or batch_size)
     scale = {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[lr_scaling] if chosen.adapts_lr else 1.0
     return Regime(
         rung=chosen,

@@ -88,6 +88,11 @@ def test_lr_scaling_may_be_linear_or_none():
         assert derive_regime("gbn", lr_scaling=scaling, **RESNET44).lr == pytest.approx(0.1 * factor)
 
 
+def test_the_rate_may_be_scaled_from_another_batch_than_the_small_one():
+    lrs = [derive_regime(rung, lr_reference_batch_size=256, **RESNET44).lr for rung in ("sb", "lb", "lr", "gbn", "ra")]
+    assert lrs == pytest.approx([0.1, 0.1, 0.4, 0.4, 0.4])
+
+
 def test_a_run_without_an_update_is_refused():
     with pytest.raises(
         ValueError, match=r"rung lb would make no update: 1 epochs of 1297 samples in batches of 4096; at least 3.16"
