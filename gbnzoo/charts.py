@@ -549,7 +549,9 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
         if is_crowded:
             axes.set_xticks(range(len(rows)), [f"{row.rung} {row.batch_size}" for row in rows], rotation=90)
         else:
-            axes.set_xticks(range(len(rows)), [f"{row.rung}\n{row.batch_size:,}\n{row.updates:,}" for row in rows])
+            names = [row.rung if row.ladder == rows[0].ladder else f"{row.rung}, longer" for row in rows]
+            ticks = [f"{name}\n{row.batch_size:,}\n{row.updates:,}" for name, row in zip(names, rows, strict=True)]
+            axes.set_xticks(range(len(rows)), ticks)
             axes.set_xlabel("rung, batch, updates")
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_ylim(0, (1.3 if is_crowded else 1.14) * _tallest(rows))

@@ -95,8 +95,9 @@ def test_the_small_batch_on_as_many_samples_is_the_ladders_sixth_row(checkout):
     assert list(published_ladders(results)) == ["resnet8_thin_gbn.shapes"]
 
 
-def test_ghost_sizes_are_told_with_their_ladder(checkout):
-    results = [row(85.0, rung="sb")]
+@pytest.mark.parametrize("has_ladder", [True, False])
+def test_ghost_sizes_are_told_with_their_ladder_and_without_one(checkout, has_ladder):
+    results = [row(85.0, rung="sb")] if has_ladder else []
     for size in (2, 4, 8):
         large = {"batch_size": 16, "ghost_batch_size": size}
         results += [row(80.0 + size + k, large=large, tag=f"shapes_g{size}", seed=k) for k in (0, 1)]
@@ -109,6 +110,9 @@ def test_ghost_sizes_are_told_with_their_ladder(checkout):
         ["8", "88.50 ± 0.71 (2)"],
     ]
     assert (checkout / PICTURES / "resnet8_thin_gbn.shapes-ghosts.png").is_file()
+    text = (checkout / "recipes" / "shapes" / "README.md").read_text()
+    assert "(../../docs/ladders/resnet8_thin_gbn.shapes-ghosts.png)" in text
+    assert ("| rung |" in text) == has_ladder
     assert list(published_ladders(results)) == ["resnet8_thin_gbn.shapes"]
 
 
