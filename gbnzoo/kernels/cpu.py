@@ -236,9 +236,9 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _in_dtype_of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
-    if parameter is None or parameter.dtype is gradient.dtype:
-        return None if parameter is None else gradient
-    return gradient.to(parameter.dtype)
+    if parameter is None:
+        return None
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _differentiable_backward(ctx, dy: Tensor) -> list[Tensor | None]:
