@@ -540,7 +540,10 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
                 axes.hlines(100 - row.paper_top1_percent, x - 0.38, x + 0.38, **line)
             highest = 100 - min(row.top1_percent, default=row.mean)
             top = max(highest, 100 - row.mean + (row.std or 0))
-            if row.paper_top1_percent is not None and -0.06 < (100 - row.paper_top1_percent - top) / _tallest(rows) < 0.1:
+            if (
+                row.paper_top1_percent is not None
+                and -0.06 < (100 - row.paper_top1_percent - top) / _tallest(rows) < 0.1
+            ):
                 top = max(top, 100 - row.paper_top1_percent)
             offset = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
             box = {"facecolor": theme.background, "edgecolor": "none", "pad": 0.6}
