@@ -643,7 +643,7 @@ def _limits(
         + ("The table tells how far seeds differ." if seeds > 1 else "How far seeds differ has not been measured."),
     ]
     best = max(ladder, key=lambda rung: rung.mean)
-    if best.mean > float(row["top1"]):
+    if best.rung != row["rung"] and best.mean > float(row["top1"]):
         limits.append(f"On this ladder rung `{best.rung}` does better: {best.mean:.2f} %.")
     return "\n".join(f"- {limit}" for limit in limits)
 

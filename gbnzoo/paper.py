@@ -22,18 +22,15 @@ def paper_top1_percent(row: Mapping[str, str]) -> float | None:
     """The paper's top-1 beside which a run stands, or None.
 
     Only a run of the paper's own regime stands beside it: its network on its data at its batch, by the shipped recipe that
-    bears the data set's plain name, or that name and `authors_code`. A recipe with another `tag:` (`cifar10_short`), or
-    overridden in more than SAME_REGIME, has another regime.
+    bears the data set's plain name. A recipe with a `tag:` of its own (`cifar10_short`), or overridden in more than
+    SAME_REGIME, has another regime.
 
     Args:
         row: of hub/results.csv.
     """
     data = row["data"].split("/")[-1].lower()
     architecture, _, tag = row["model"].partition(".")
-    names = (data, f"{data}_authors_code")
-    if tag not in (f"{name}_{row['rung']}{row['batch_size']}" for name in names) or not overridden_keys(row).issubset(
-        SAME_REGIME
-    ):
+    if tag != f"{data}_{row['rung']}{row['batch_size']}" or not overridden_keys(row).issubset(SAME_REGIME):
         return None
     figures = _table()
     for batch_size in (row["batch_size"], ""):
