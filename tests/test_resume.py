@@ -332,7 +332,7 @@ def test_workers_save_and_end_when_their_launcher_is_killed(tmp_path, whole):
 @pytest.mark.slow
 def test_24_real_runs_killed_at_random_moments_end_as_one(tmp_path, whole):
     """`gbnzoo train --processes 1, 2 or 4`, all of it killed: at any moment, starting up included, or while it writes."""
-    moments, writes, longer = random.Random(1), 0, ["base.epochs=12", "base.milestones=[6]"]  # 240 updates
+    moments, writes, longer = random.Random(1), 0, ["base.epochs=60", "base.milestones=[30]"]  # 1215 updates
     folder = tmp_path / whole.folder.name
 
     def starts():
