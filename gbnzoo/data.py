@@ -765,12 +765,13 @@ class Augment:
         self.image_set, self.seed = image_set, seed
         self.pad, self.flips = AUGMENTATIONS[kind]
         images, mean, std = image_set.images, image_set.mean, image_set.std
-        self.normalise = Normalise(mean, std, images.shape[2], dtype, images.device)
         if self.pad:
             images = F.pad(images, (0, 0, *(self.pad,) * 4))
         if dtype.itemsize == 2 and images.numel() * dtype.itemsize <= NORMALISED_BYTES:
             images = _normalised(images, Normalise(mean, std, images.shape[2], dtype, images.device))
             self.normalise = None
+        else:
+            self.normalise = Normalise(mean, std, image_set.images.shape[2], dtype, images.device)
         self.images = images
         if self.pad or self.flips:
             _, height, self.width, channels = images.shape

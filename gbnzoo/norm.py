@@ -197,7 +197,7 @@ class _GhostBatchNorm(_BatchNorm):
         """All that `normalize` does in training, by one call of a kernel; None where there is none that can."""
         if not self.training or self.ghost_batch_size is None or self.process_group is not None:
             return None
-        kernel = kernels.pick_direct()
+        kernel = kernels.pick_direct(input)
         if kernel is None:
             return None
         rows = input.shape[0]

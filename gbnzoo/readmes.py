@@ -99,7 +99,7 @@ def published_ladders(results: Iterable[Mapping[str, str]]) -> dict[str, list[La
     curves = ghost_sizes(results)
     of_ghosts = {name for curve in curves for name in curve.ladders if name != curve.name}
     kept = {curve.name: [] for curve in curves}
-    for name, ladder in sorted(ladders.items()):
+    for name, ladder in ladders.items():
         if name in of_ghosts or name.removesuffix(SAME_SAMPLES_TAG) in ladders.keys() - {name}:
             continue
         kept[name] = [*ladder, *(row for row in ladders.get(name + SAME_SAMPLES_TAG, ()) if row.rung == "sb")]

@@ -51,9 +51,10 @@ def pick(
     return cpu.ghost_batch_norm if is_able else None
 
 
-def pick_direct() -> Callable[..., Tensor | None] | None:
-    """`cpu.fold_and_normalize`, which tells itself what tensors it cannot take; None where kernels must be operators."""
-    return cpu.fold_and_normalize if _ARE_ON and cpu.LIBRARY is not None and not cpu.is_watched() else None
+def pick_direct(x: Tensor) -> Callable[..., Tensor | None] | None:
+    """`cpu.fold_and_normalize`, which may still refuse; None on other devices and where kernels must be operators."""
+    is_able = _ARE_ON and cpu.LIBRARY is not None and not cpu.is_watched() and x.is_cpu
+    return cpu.fold_and_normalize if is_able else None
 
 
 def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[..., None] | None:
