@@ -1,4 +1,4 @@
-"""Compiles the CPU kernel once for each instruction set; all else is in pyproject.toml.
+"""Compiles the CPU kernels once for each instruction set; all else is in pyproject.toml.
 
 Each extension is optional: where there is no compiler, or not for this instruction set, the package installs without it.
 They are plain shared objects that gbnzoo.kernels loads through ctypes, no Python modules.
@@ -35,7 +35,8 @@ setup(
     ext_modules=[
         Extension(
             f"gbnzoo.kernels._ghost_norm_{name}",
-            ["gbnzoo/kernels/ghost_norm.cpp"],
+            ["gbnzoo/kernels/ghost_norm.cpp", "gbnzoo/kernels/crops.cpp"],
+            depends=["gbnzoo/kernels/threads.h"],
             language="c++",
             extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *flags],
             optional=True,

@@ -33,6 +33,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
+from gbnzoo import kernels
+
 if TYPE_CHECKING:
     import datasets
 
@@ -589,6 +591,11 @@ def _modulo(words: Words, n: int) -> Words:
     return words - words // n * n
 
 
+def _less(words: Words, n: int) -> Words:
+    """words % n where words < 2 n: below n, words - n wraps around to far more."""
+    return np.minimum(words, words - n)
+
+
 def _absorb(state: Words, words: Words) -> Words:
     """Hash one more word into each state: output number `word` of splitmix64 seeded with `state`."""
     z = state + (words + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -651,8 +658,8 @@ def epoch_permutation(num_samples: int, seed: int, epochs: Tensor, positions: Te
     def encipher(cells: Words, keys: Words) -> Words:
         left, right = _modulo(cells, a), cells // a
         for turn in range(0, _FEISTEL_ROUNDS, 2):
-            left = _modulo(left + _modulo(_absorb(keys, right + turn * a), a), a)
-            right = _modulo(right + _modulo(_absorb(keys, left + (turn + 1) * a), b), b)
+            left = _less(left + _modulo(_absorb(keys, right + turn * a), a), a)
+            right = _less(right + _modulo(_absorb(keys, left + (turn + 1) * a), b), b)
         return right * a + left
 
     keys = _absorb(_stream_key(seed, "permutation"), _words(epochs))
@@ -723,9 +730,9 @@ class MicroBatches:
         indices, epochs = self.order.at(update)
         labels = self.augment.image_set.labels
         for positions in self.positions:
-            index, epoch = indices[positions], epochs[positions]
+            index, epoch = indices.index_select(0, positions), epochs.index_select(0, positions)
             on_device = index.to(labels.device, non_blocking=True)
-            yield MicroBatch(index, epoch, self.augment(index, epoch), labels[on_device])
+            yield MicroBatch(index, epoch, self.augment(index, epoch), labels.index_select(0, on_device))
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------
@@ -772,13 +779,7 @@ class Augment:
             self.normalise = None
         else:
             self.normalise = Normalise(mean, std, image_set.images.shape[2], dtype, images.device)
-        self.images = images
-        if self.pad or self.flips:
-            _, height, self.width, channels = images.shape
-            self.pixels, row = height * self.width, image_set.images.shape[2] * channels
-            # Row k of this view is the image row that begins at pixel k, so that a crop copies whole rows.
-            flat = images.contiguous().view(-1)
-            self.rows = flat.as_strided(((len(flat) - row) // channels + 1, row), (channels, 1))
+        self.images = images.contiguous()
 
     def __call__(self, indices: Tensor, epochs: Tensor) -> Tensor:
         """Images [B, C, H, W] in channels_last, on the image set's device.
@@ -786,24 +787,32 @@ class Augment:
         Args:
             indices, epochs: int64 [B], best on the CPU.
         """
-        images, shape = self.images, (-1, *self.image_set.images.shape[1:])
+        images, (height, width) = self.images, self.image_set.images.shape[1:3]
         if not (self.pad or self.flips):
             return self._finished(images.index_select(0, indices.to(images.device, non_blocking=True)))
         words = _keyed_words(self.seed, "augment", epochs, indices)
-        flip, offset = words & 1, words >> 1
+        flip, offset = words & self.flips, words >> 1
         steps = 2 * self.pad + 1
         top, left = offset % steps, offset // steps % steps
-        corner = _words(indices) * self.pixels + top * self.width + left
-        pick = np.arange(len(words), dtype=np.uint64) + flip * len(words)
-        plan = torch.from_numpy(np.stack((corner, pick)).view(np.int64))
-        corner, pick = plan.to(images.device, non_blocking=True)
+        _, padded_height, padded_width, _ = images.shape
+        corner = (_words(indices) * padded_height + top) * padded_width + left
+        corner, flip = torch.from_numpy(np.stack((corner, flip)).view(np.int64)).to(images.device, non_blocking=True)
+        gather = kernels.pick_crops(images) or self._gather
+        return self._finished(gather(images, corner, flip, (height, width)))
 
-        down = torch.arange(shape[1], device=images.device) * self.width
-        images = self.rows.index_select(0, (corner[:, None] + down).flatten()).view(shape)
-        if self.flips:
-            # To flip all and pick is faster than to flip some: it copies blocks.
-            images = torch.cat((images, images.flip(2))).index_select(0, pick)
-        return self._finished(images)
+    def _gather(self, images: Tensor, corners: Tensor, flipped: Tensor, shape: tuple[int, int]) -> Tensor:
+        """As the kernel does it."""
+        _, _, width, channels = images.shape
+        # Row k of this view is the image row that begins at pixel k, so that a crop copies whole rows.
+        rows = images.view(-1)
+        rows = rows.as_strided(((len(rows) - shape[1] * channels) // channels + 1, shape[1] * channels), (channels, 1))
+        down = torch.arange(shape[0], device=images.device) * width
+        crops = rows.index_select(0, (corners[:, None] + down).flatten()).view(-1, *shape, channels)
+        if not self.flips:
+            return crops
+        # To flip all and pick is faster than to flip some: it copies blocks.
+        pick = torch.arange(len(crops), device=images.device) + flipped * len(crops)
+        return torch.cat((crops, crops.flip(2))).index_select(0, pick)
 
     def _finished(self, images: Tensor) -> Tensor:
         return images.permute(0, 3, 1, 2) if self.normalise is None else self.normalise(images)

@@ -120,6 +120,8 @@ class Trainer:
         self.compile_backend = compile_backend
         if compile_backend:
             compile_training(self.bare_model, compile_backend)
+        # torch.manual_seed would reach for a GPU on CPUs too, which takes as long as a hundred small operations.
+        self.seed_dropout = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         self.graphed_pass = None
         if cuda_graphs and self.device.type == "cuda" and self.world_size == 1:
             self.graphed_pass = GraphedPass(self.parameters, accumulates=len(self.positions) > 1)
@@ -223,7 +225,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for step, batch in enumerate(self.micro_batches.at(update)):
             # Dropout has no key per sample: it is fixed by seed and update, and by where the layout cuts the batch.
-            torch.manual_seed(hash((self.recipe.seed, update, int(self.positions[step][0]))))
+            self.seed_dropout(hash((self.recipe.seed, update, int(self.positions[step][0]))))
             is_last = step == len(self.positions) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 noise = None
@@ -247,11 +249,14 @@ class Trainer:
 
     def clip_gradients(self, update: int) -> Tensor | None:
         """Clip, and return the gradient's norm before clipping where it was needed."""
-        if self.regime.clip_grad_norm:
-            return nn.utils.clip_grad_norm_(self.parameters, self.regime.clip_grad_norm)
-        if update + 1 in self.logged_updates:
-            return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        return None
+        limit = self.regime.clip_grad_norm
+        if not limit and update + 1 not in self.logged_updates:
+            return None
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # Most are shorter, and would be multiplied by 1; to know that, the host would have to wait for a GPU.
+        if limit and not (self.device.type == "cpu" and norm + 1e-6 <= limit):
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
 
     def add_isotropic_noise(self, update: int) -> None:
         """Add the recipe's noise to the gradient, the same on every process, and none where the recipe has none."""

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "spanning": set(),
     "norm": {"kernels", "spanning"},
     "regime": set(),
-    "data": set(),
+    "data": {"kernels"},
     "image_files": {"data", "recipe"},
     "diffusion": set(),
     "random_walk": set(),

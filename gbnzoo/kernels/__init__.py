@@ -1,4 +1,4 @@
-"""The fused ghost norm; `pick` chooses the kernel.
+"""The fused ghost norm, and crops of images; `pick` and its like choose the kernel.
 
 `GBNZOO_KERNELS=0` in the environment turns every kernel off.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gbnzoo.kernels import cpu
+from gbnzoo.kernels import cpu, crops
 
 _ARE_ON = os.environ.get("GBNZOO_KERNELS") != "0"
 _DTYPES = {"cpu": cpu.DTYPES}
@@ -72,6 +72,11 @@ def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[
         return None
     is_plain = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in running[:2])
     return cpu.fold if is_plain and mean.is_contiguous() else None
+
+
+def pick_crops(images: Tensor) -> Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor] | None:
+    """`crops.gather`, or None where there is no kernel for images that lie there."""
+    return crops.gather if _ARE_ON and cpu.LIBRARY is not None and images.is_cpu else None
 
 
 @functools.cache

@@ -34,7 +34,8 @@ _FUNCTIONS = {
     for dtype, name in DTYPES.items()
 }
 
-_INTERFACE = 2  # of the functions in ghost_norm.cpp
+_SOURCES = ("cpu.py", "crops.py", "ghost_norm.cpp", "crops.cpp", "threads.h")
+_INTERFACE = 3  # of the functions in ghost_norm.cpp and crops.cpp
 # Their arguments there, in one piece: ctypes takes longer over each than small layers do over the norm.
 _FORWARD_ARGUMENTS, _BACKWARD_ARGUMENTS = struct.Struct("7q9Qq4d"), struct.Struct("7q10Q")
 _PLAIN_CLASSES = (Tensor, Parameter)
@@ -47,9 +48,8 @@ def _folders() -> Iterator[Path]:
     yield here
     for installed in distributions(name="gbnzoo"):
         folder = Path(str(installed.locate_file("gbnzoo/kernels")))
-        sources = ("cpu.py", "ghost_norm.cpp")
         with contextlib.suppress(OSError):
-            if all(filecmp.cmp(here / name, folder / name, shallow=False) for name in sources):
+            if all(filecmp.cmp(here / name, folder / name, shallow=False) for name in _SOURCES):
                 yield folder
 
 
@@ -67,7 +67,7 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
         return None
     if not library.ghost_norm_is_supported():
         return None
-    for name in _FUNCTIONS.values():
+    for name in (*_FUNCTIONS.values(), "gather_crops"):
         function = getattr(library, name)
         function.argtypes, function.restype = [c_char_p], None
     # The OpenMP runtime torch has loaded for all to see: a second one would fight it for the cores. Without, one thread works.

@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +15,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "threads.h"
 
 #define INLINE __attribute__((always_inline)) inline
 
@@ -581,26 +582,6 @@ struct GradientApply {
 
 // ------------------------------------------------------------------------------------------------------------ threads
 
-// GOMP_parallel of the OpenMP runtime that torch itself uses: its threads are awake, and there is no second pool.
-typedef void (*ParallelRegion)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-ParallelRegion parallel_region = nullptr;
-
-template <class F>
-void parallel(int64_t items, int64_t threads, const F& f) {
-  struct Work {
-    const F& f;
-    int64_t items;
-    std::atomic<int64_t> next;
-  } work{f, items, {0}};
-  auto body = [](void* data) {
-    Work& work = *(Work*)data;
-    for (int64_t i; (i = work.next++) < work.items;) work.f(i);
-  };
-  threads = std::min(threads, items);
-  if (threads > 1 && parallel_region) parallel_region(body, &work, threads, 0);
-  else body(&work);
-}
-
 // Calls job(ghost, slab, parts) for all slabs. Enough of them for all threads are one thread's each, in one part; else all
 // threads share each, in parts of its rows.
 template <class Layout, class Job>
@@ -1060,8 +1041,8 @@ void backward(const BackwardArguments& a) {
 
 extern "C" {
 
-// To be raised, here and in cpu.py, with every change of what the functions below are given.
-int ghost_norm_interface() { return 2; }
+// To be raised, here and in cpu.py, with every change of what the functions below, or those of crops.cpp, are given.
+int ghost_norm_interface() { return 3; }
 
 // Whether this processor can run what this file was compiled to.
 int ghost_norm_is_supported() {
