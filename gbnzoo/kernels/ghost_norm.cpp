@@ -30,17 +30,21 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Bytes. Measured on one core of Zen 4, Zen 5 and Emerald Rapids; all are flat around these values.
-constexpr int64_t kAhead = 8192;            // from what is computed on to what is prefetched
-constexpr int64_t kBlock = 64 << 10;        // of the rows crossed by one strip of columns after the other
-constexpr int64_t kCutChannels = 64;        // that a channels-last ghost is cut into where that makes it fit the L3 cache
-constexpr int64_t kRowsAtOnce = 8;          // that are crossed together where they are wider than a strip
-constexpr int64_t kSmallPlane = 4 << 10;     // of a channel, at most, to be crossed with those of other rows
+// Bytes, measured on one core of Zen 5 and of Emerald Rapids; both are flat around these values.
+constexpr int64_t kAheadInPlanes = 4096;       // from what is computed on to what is prefetched
+constexpr int64_t kAheadInRows = 8192;         // the same in channels-last layouts
+constexpr int64_t kPlanesSlab = 640 << 10;     // of a slab of planes, if no more than 5/8 of the L2 cache
+constexpr int64_t kBlock = 64 << 10;           // of the rows crossed by one strip of columns after the other
+constexpr int64_t kSmallPlane = 512;           // of a channel, at most, to be crossed with those of other rows
 constexpr int64_t kStreamedOutput = 24 << 20;  // an output above this would only push other things out of the cache
 
-constexpr int64_t kShortRows = 128;          // of a ghost, at most, to be crossed a strip at a time
+constexpr int64_t kCutChannels = 64;  // that a channels-last ghost is cut into where that makes it fit the L3 cache
+constexpr int64_t kRowsAtOnce = 8;    // that are crossed together where they are wider than a strip
+constexpr int64_t kShortRows = 128;   // of a ghost, at most, to be crossed a strip at a time
 constexpr int64_t kStripWidth = 4 * kLanes;
 constexpr int64_t kPlanesAtOnce = 8;
+
+constexpr float kFar = 16;  // from a guess to the mean, squared, in variances: beyond, digits of the variance would cancel
 
 // ---------------------------------------------------------------------------------------------------------- vectors
 
@@ -273,7 +277,7 @@ struct Planes : Problem {
   bool keeps_alignment() const { return pixels % kLanes == 0; }
 
   int64_t slab_channels(int64_t bytes_per_value, int64_t threads) const {
-    const int64_t fitting = l2_bytes() * 5 / 8 / (ghost_samples * pixels * bytes_per_value);
+    const int64_t fitting = std::min(l2_bytes() * 5 / 8, kPlanesSlab) / (ghost_samples * pixels * bytes_per_value);
     int64_t blocks = (channels + std::max<int64_t>(1, fitting) - 1) / std::max<int64_t>(1, fitting);
     blocks = std::min(channels, std::max(blocks, (2 * threads + ghosts() - 1) / ghosts()));
     return (channels + blocks - 1) / blocks;
@@ -288,7 +292,7 @@ struct Planes : Problem {
   // A channel's planes of several rows together: one of 8 × 8 alone costs as much for its constants and sums as for its values.
   template <class T, class Op>
   void each_small(const Slab& s, bool reverse, const Op& op) const {
-    const int64_t sign = reverse ? -1 : 1, distance = kAhead / kPlanesAtOnce / Op::kStreams / sizeof(T);
+    const int64_t sign = reverse ? -1 : 1, distance = kAheadInPlanes / kPlanesAtOnce / Op::kStreams / sizeof(T);
     Strip strip{0, 0, sign * channels * pixels, sign * std::max(pixels, std::min(s.channels * pixels, distance)), 0, 0};
     for (int64_t i = 0; i < s.rows; i += kPlanesAtOnce) {
       strip.rows = std::min(kPlanesAtOnce, s.rows - i);
@@ -304,21 +308,22 @@ struct Planes : Problem {
     }
   }
 
-  // Within a row the slab is contiguous; what is ahead of its end is in the next row.
+  // A plane is crossed from first to last, also where planes are from last to first. From `split` on what is `distance` ahead
+  // lies elsewhere: beyond the end of the slab in this row, or in the plane that comes next.
   template <class T, class Op>
   void each_large(const Slab& s, bool reverse, const Op& op) const {
     const int64_t span = s.channels * pixels, gap = (channels - s.channels) * pixels;
-    const int64_t distance = std::min<int64_t>(span, kAhead / Op::kStreams / sizeof(T)), piece = std::min(pixels, distance);
+    const int64_t distance = std::min<int64_t>(span, kAheadInPlanes / Op::kStreams / sizeof(T));
     for (int64_t i = 0; i < s.rows; ++i) {
       const int64_t row = at(s.row + (reverse ? s.rows - 1 - i : i), s.channel);
       for (int64_t j = 0; j < s.channels; ++j) {
-        const int64_t column = reverse ? s.channels - 1 - j : j;
-        for (int64_t begin = 0; begin < pixels; begin += piece) {
-          const int64_t place = column * pixels + begin;
-          const int64_t ahead = reverse ? -distance - (place < distance ? gap : 0)
-                                        : distance + (place + distance >= span ? gap : 0);
-          along(op, Strip{row + place, 0, 0, ahead, column, 0}, std::min(piece, pixels - begin));
-        }
+        const int64_t column = reverse ? s.channels - 1 - j : j, place = column * pixels;
+        int64_t split = std::clamp<int64_t>(span - distance - place, 0, pixels), far = distance + gap;
+        if (reverse && distance < pixels) split = pixels - distance, far = distance - 2 * pixels - (column ? 0 : gap);
+        else if (reverse) split = 0, far = -distance - (place < distance ? gap : 0);
+        split -= split % (4 * kLanes);
+        along(op, Strip{row + place, 0, 0, distance, column, 0}, split);
+        along(op, Strip{row + place + split, 0, 0, far, column, 0}, pixels - split);
       }
     }
   }
@@ -360,7 +365,7 @@ struct Columns : Problem {
   template <class T, class Op>
   void each(const Slab& s, bool, const Op& op) const {
     const int64_t width = repeats() * s.channels, stride = repeats() * channels;
-    const int64_t ahead = stride * std::max<int64_t>(1, kAhead / Op::kStreams / (width * (int64_t)sizeof(T)));
+    const int64_t ahead = stride * std::max<int64_t>(1, kAheadInRows / Op::kStreams / (width * (int64_t)sizeof(T)));
     const int64_t rows = s.rows / repeats(), begin = at(s.row, s.channel);
     const int64_t step = width > 4 * kLanes ? kRowsAtOnce : rows;
     for (int64_t r = 0; r < rows; r += step)
@@ -760,8 +765,8 @@ struct Forward {
       float *means = scratch.row(0), *scales = scratch.row(1), *biases = scratch.row(2);
       double* totals = zero_doubles(kTotals, parts * 2 * s.channels);
 
-      // A guess that is many standard deviations off would cancel digits of the variance: then the mean is the next guess.
-      guess_means(layout, s, means);
+      // Where a guess is far off, the mean is the next.
+      guess_means(layout, s, x, means);
       for (int attempt = 0, is_off = 1; is_off && attempt < 2; ++attempt) {
         repeat(means, s.channels, repeats);
         each_part(s, parts, [&](const Slab& part, int64_t i) {
@@ -795,7 +800,7 @@ struct Forward {
     each_strip(layout, s, [&](const Strip& strip, int64_t channel, int64_t channels) {
       const int64_t at = ghost * layout.channels + channel;
       std::memset(guesses, 0, sizeof guesses);
-      guess_means(layout, Slab{s.row, s.rows, channel, channels}, guesses);
+      guess_means(layout, Slab{s.row, s.rows, channel, channels}, x, guesses);
       for (int attempt = 0, is_off = 1; is_off && attempt < 2; ++attempt) {
         if (attempt) std::memcpy(guesses, means, sizeof means);
         std::memset(sums, 0, sizeof sums);
@@ -804,7 +809,7 @@ struct Forward {
         each_vector(channels, [&](int64_t c, int64_t lanes) {
           const Vec guess = load(guesses + c), d = load(sums[0] + c) * per_value;
           Vec v = load(sums[1] + c) * per_value - d * d;
-          off |= d * d > 64 * v;
+          off |= d * d > kFar * v;
           v = v < 0 ? Vec{} : v;
           const Vec i = inverse_root(v + eps);
           store_lanes(mean + at + c, guess + d, lanes);
@@ -823,23 +828,26 @@ struct Forward {
     if (STREAM) finish_streaming();
   }
 
-  // Means of a few values of each channel.
-  template <class Layout>
-  void guess_means(const Layout& layout, const Slab& s, float* guess) const {
-    const int64_t rows = std::min<int64_t>(4, s.rows), values = std::min<int64_t>(kLanes, layout.values_per_row());
+  // Means of a few values of each channel: where it has planes, the first of the first.
+  static void guess_means(const Planes& layout, const Slab& s, const T* x, float* guess) {
+    const int64_t values = std::min<int64_t>(4 * kLanes, layout.pixels);
+    for (int64_t c = 0; c < s.channels; ++c) {
+      const T* plane = x + layout.at(s.row, s.channel + c);
+      Vec sums = {};
+      for (int64_t i = 0; i < values; i += kLanes) sums += load_part(plane + i, std::min<int64_t>(kLanes, values - i));
+      for (int l = 0; l < kLanes; ++l) guess[c] += sums[l];
+      guess[c] /= values;
+    }
+  }
+
+  static void guess_means(const Columns& layout, const Slab& s, const T* x, float* guess) {
+    const int64_t rows = std::min<int64_t>(4, s.rows);
     for (int64_t r = 0; r < rows; ++r) {
       const T* row = x + layout.at(s.row + r * (s.rows / rows), s.channel);
-      if (Layout::kSharedColumn) {
-        for (int64_t c = 0; c < s.channels; ++c) {
-          const Vec v = load_part(row + c * layout.pixels, values);
-          for (int l = 0; l < kLanes; ++l) guess[c] += v[l];
-        }
-      } else {
-        for (int64_t c = 0; c < s.channels; c += kLanes)
-          store<false>(guess + c, load(guess + c) + load_part(row + c, std::min<int64_t>(kLanes, s.channels - c)));
-      }
+      for (int64_t c = 0; c < s.channels; c += kLanes)
+        store<false>(guess + c, load(guess + c) + load_part(row + c, std::min<int64_t>(kLanes, s.channels - c)));
     }
-    for (int64_t c = 0; c < s.channels; ++c) guess[c] /= rows * values;
+    for (int64_t c = 0; c < s.channels; ++c) guess[c] /= rows;
   }
 
   // The statistics, from `at` on, out of the sums; `means` turns from guesses into means. Returns how many guesses were off.
@@ -852,7 +860,7 @@ struct Forward {
     int64_t off = 0;
     for (int64_t c = 0; c < channels; ++c) {
       const double d = totals[c] * per_value, biased = squares[c] * per_value - d * d;
-      off += d * d > 64 * biased;
+      off += d * d > kFar * biased;
       m[c] = means[c] = (float)(means[c] + d);
       v[c] = biased < 0 ? 0.f : (float)biased;
     }
