@@ -27,8 +27,6 @@ from gbnzoo.data import (
     scored_split,
     with_random_labels,
 )
-from gbnzoo.kernels import crops
-from gbnzoo.kernels.cpu import INSTRUCTION_SETS, load
 
 
 def image_set(pixels: np.ndarray | torch.Tensor, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)) -> ImageSet:
@@ -281,30 +279,6 @@ def test_a_set_too_large_to_keep_normalised_makes_the_same_images(kind, monkeypa
         assert (augment.normalise is None) == (made is once)
         made.append(augment(indices, epochs))
     assert torch.equal(*once, *each_time)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_the_kernel_crops_as_torchs_operators_do(instruction_set, dtype, channels, threads, monkeypatch):
-    library = load(instruction_set)
-    if library is None:
-        pytest.skip("not compiled, or not for this processor")
-    monkeypatch.setattr(crops, "LIBRARY", library)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    generator = torch.Generator().manual_seed(0)
-    for height, width in ((12, 20), (5, 7), (28, 28)):
-        statistics = (0.5,) * channels
-        pixels = image_set(random_pixels(9, height, width, channels), statistics, statistics)
-        augment = Augment(pixels, "pad2_crop_flip", 0, torch.float64)
-        images = augment.images.to(dtype)
-        for size in (1, 2, 200):
-            index, top, left = (torch.randint(n, (size,), generator=generator) for n in (9, 5, 5))
-            corners = (index * (height + 4) + top) * (width + 4) + left
-            flipped = torch.randint(2, (size,), generator=generator)
-            made = crops.gather(images, corners, flipped, (height, width))
-            assert torch.equal(made, augment._gather(images, corners, flipped, (height, width)))
 
 
 def test_unknown_augmentation_is_named_beside_the_known_ones():

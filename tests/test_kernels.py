@@ -1,4 +1,4 @@
-"""The CPU kernels, one for each instruction set, against torch's BatchNorm on each ghost in float64."""
+"""The CPU kernels, one for each instruction set: the norm against torch's BatchNorm on each ghost in float64; crops."""
 
 import copy
 import os
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_pixels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gbnzoo import kernels
-from gbnzoo.kernels import cpu, reference
+from gbnzoo.data import Augment, ImageSet
+from gbnzoo.kernels import cpu, crops, reference
 from gbnzoo.norm import GhostBatchNorm2d, GhostBatchNormAct2d, shard_running_statistics
 
 GHOST = 8
@@ -205,10 +207,11 @@ def test_nan_and_infinity_reach_the_output_of_their_ghost_and_no_other(relu, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.usefixtures("instruction_set")
-def test_outputs_beyond_the_cache_are_the_same_bits(dtype, layout):
-    """These are written past the cache; ghost by ghost they are not."""
-    x, residual, dy = (laid_out(torch.randn(16, 64, 112, 112), layout).to(dtype) for _ in range(3))
-    weight, bias = torch.rand(64), torch.randn(64)
+@pytest.mark.parametrize("shape", [(16, 64, 112, 112), (64, 48, 64, 64), (128, 128, 28, 28), (896, 16, 31, 31)])
+def test_outputs_beyond_the_cache_are_the_same_bits(shape, dtype, layout):
+    """These are written past the cache; ghost by ghost they are not. Not every row of 16 or 48 in bfloat16 begins a line of it."""
+    x, residual, dy = (laid_out(torch.randn(shape), layout).to(dtype) for _ in range(3))
+    weight, bias = torch.rand(shape[1]), torch.randn(shape[1])
 
     def results(x, residual, dy):
         x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
@@ -218,6 +221,20 @@ def test_outputs_beyond_the_cache_are_the_same_bits(dtype, layout):
     pieces = [results(*ghost) for ghost in zip(*(tensor.split(GHOST) for tensor in (x, residual, dy)), strict=True)]
     for whole, *parts in zip(results(x, residual, dy), *pieces, strict=True):
         assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("instruction_set")
+def test_threads_that_share_a_ghost_write_past_the_cache_from_any_row_on(layout, monkeypatch):
+    x, dy = (laid_out(torch.randn(1024, 16, 30, 30), layout).bfloat16() for _ in range(2))
+    x.requires_grad_()
+    results = []
+    for threads in (1, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        y, *_ = cpu.ghost_batch_norm(x, None, None, 1024, 1e-5, relu=True)
+        results.append((y, *torch.autograd.grad(y, x, dy)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -504,3 +521,43 @@ def test_reference(fusion):
     torch.testing.assert_close(
         reference.ghost_batch_norm(*arguments, 1e-5, residual, relu), oracle(*arguments, residual, relu)
     )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("instruction_set")
+def test_crops_are_those_of_torchs_operators(dtype, channels, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for height, width in ((12, 20), (5, 7), (28, 28)):
+        pixels, half = torch.from_numpy(random_pixels(9, height, width, channels)), (0.5,) * channels
+        image_set = ImageSet(pixels, torch.zeros(9, dtype=torch.int64), (), half, half, "random", "train")
+        augment = Augment(image_set, "pad2_crop_flip", 0)
+        images = augment.images.to(dtype)
+        for size in (0, 1, 2, 200):
+            index, top, left, flipped = (torch.randint(n, (size,)) for n in (9, 5, 5, 2))
+            corners = (index * (height + 4) + top) * (width + 4) + left
+            made = crops.gather(images, corners, flipped, (height, width))
+            assert torch.equal(made, augment._gather(images, corners, flipped, (height, width)))
+
+
+@pytest.mark.parametrize("corner", [-1, 2 * 12 * 12 - 7 * 12 - 8 + 1])
+@pytest.mark.usefixtures("instruction_set")
+def test_a_crop_outside_of_the_images_is_refused(corner):
+    images, flipped = torch.from_numpy(random_pixels(2, 12, 12, 3)), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(IndexError, match="wanted 0 to 196, in 2 images of 12 × 12"):
+        crops.gather(images, torch.tensor([0, corner]), flipped, (8, 8))
+
+
+@pytest.mark.parametrize("missing", ["triton", "CUDA"])
+def test_without_triton_or_a_gpu_there_are_no_gpu_kernels(missing):
+    code = f"""if True:
+        import importlib.util, torch
+        find_spec = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+        torch.cuda.is_available = lambda: {missing == "triton"}
+        from gbnzoo import kernels
+        assert not hasattr(kernels, "gpu")
+        print(kernels.pick(torch.empty(8, 3, device="meta"), 4))
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "None\n"

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from processes import Together, run_together
+from torch import nn
 
 from gbnzoo.models.cifar_resnet import CifarResNet
 from gbnzoo.recipe import load_recipe
@@ -264,6 +265,24 @@ def test_gradient_noise_acts_from_rung_lr_on(tmp_path, kind):
         plain = final_weights(trained(tmp_path / "plain", rung=rung))
         noisy = final_weights(trained(tmp_path / "noisy", noise, rung=rung))
         assert any(not torch.equal(plain[name], noisy[name]) for name in plain) == acts
+
+
+@pytest.mark.parametrize("limit", [1e-3, 2.0, 1e3, None])
+def test_gradients_are_clipped_as_torch_clips_them(limit, tmp_path):
+    trainer = trainer_of(tmp_path, f"optimizer.clip_grad_norm={'null' if limit is None else limit}")
+    with trainer.opened_run(resume=False):
+        trainer.add_gradients(0)
+        expected = [parameter.detach().clone() for parameter in trainer.parameters]
+        for parameter, other in zip(trainer.parameters, expected, strict=True):
+            other.grad = parameter.grad.clone()
+        norm = nn.utils.clip_grad_norm_(expected, math.inf if limit is None else limit)
+        assert 1e-3 < norm < 1e3
+        assert trainer.clip_gradients(0) == norm
+        for parameter, other in zip(trainer.parameters, expected, strict=True):
+            assert torch.equal(parameter.grad, other.grad)
+        trainer.parameters[0].grad[0] = math.nan
+        trainer.clip_gradients(0)
+        assert limit is None or all(parameter.grad.isnan().all() for parameter in trainer.parameters)
 
 
 def noise_of_one_update(out, seed=0):

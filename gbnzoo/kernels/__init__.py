@@ -76,7 +76,7 @@ def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[
 
 def pick_crops(images: Tensor) -> Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor] | None:
     """`crops.gather`, or None where there is no kernel for images that lie there."""
-    return crops.gather if _ARE_ON and cpu.LIBRARY is not None and images.is_cpu else None
+    return crops.gather if _ARE_ON and cpu.LIBRARY is not None and images.is_cpu and images.is_contiguous() else None
 
 
 @functools.cache

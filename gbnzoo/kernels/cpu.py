@@ -54,14 +54,15 @@ def _folders() -> Iterator[Path]:
 
 
 def load(instruction_set: str) -> ctypes.CDLL | None:
-    """The kernel compiled for an instruction set; None if it was not compiled since the functions in it last changed their
-    arguments, or this processor cannot run it.
+    """The kernels compiled for an instruction set; None if they were not since the functions in them last changed their
+    arguments, or this processor cannot run them.
     """
     names = [f"_ghost_norm_{instruction_set}{suffix}" for suffix in EXTENSION_SUFFIXES]
-    paths = [folder / name for folder in _folders() for name in names]
-    path = next(filter(Path.exists, paths), None)
-    if path is None:
-        return None
+    paths = (folder / name for folder in _folders() for name in names)
+    return next(filter(None, map(_opened, filter(Path.exists, paths))), None)
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
     library = ctypes.CDLL(str(path))
     if not hasattr(library, "ghost_norm_interface") or library.ghost_norm_interface() != _INTERFACE:
         return None

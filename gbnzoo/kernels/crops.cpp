@@ -1,6 +1,7 @@
 // Crops of an image set, some of them flipped. Their rows lie far apart in memory: those of a crop soon to come are asked for
 // while one is copied.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -21,9 +22,12 @@ struct CropArguments {
 };
 
 void copy_row(char* to, const char* from, int64_t bytes) {
-  if (bytes < kBlock) return (void)std::memcpy(to, from, bytes);
-  for (int64_t b = 0; b + kBlock <= bytes; b += kBlock) std::memcpy(to + b, from + b, kBlock);
-  std::memcpy(to + bytes - kBlock, from + bytes - kBlock, kBlock);
+  if (bytes < kBlock) {
+    std::memcpy(to, from, bytes);
+  } else {
+    for (int64_t b = 0; b + kBlock <= bytes; b += kBlock) std::memcpy(to + b, from + b, kBlock);
+    std::memcpy(to + bytes - kBlock, from + bytes - kBlock, kBlock);
+  }
 }
 
 template <int64_t BYTES>
@@ -32,7 +36,7 @@ void copy_flipped(char* to, const char* from, int64_t pixels, int64_t bytes) {
   for (int64_t i = 0; i < pixels; ++i) std::memcpy(to + i * size, from + (pixels - 1 - i) * size, size);
 }
 
-// By the bytes of a pixel: copies of constant size are single instructions.
+// By the bytes of a pixel: a copy of constant size is an instruction or two.
 auto flipping_copy(int64_t bytes) {
   switch (bytes) {
     case 1: return copy_flipped<1>;
@@ -59,7 +63,8 @@ extern "C" void gather_crops(const CropArguments* arguments) {
       for (int64_t r = 0; r < a.rows; ++r, from += pitch, ahead += pitch, to += row_bytes) {
         for (int64_t b = 0; b < row_bytes; b += kLine) __builtin_prefetch(ahead + b);
         __builtin_prefetch(ahead + row_bytes - 1);
-        a.flipped[i] ? copy_row_flipped(to, from, a.row_pixels, a.pixel_bytes) : copy_row(to, from, row_bytes);
+        if (a.flipped[i]) copy_row_flipped(to, from, a.row_pixels, a.pixel_bytes);
+        else copy_row(to, from, row_bytes);
       }
     }
   });

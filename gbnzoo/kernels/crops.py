@@ -5,7 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
-from gbnzoo.kernels.cpu import LIBRARY
+from gbnzoo.kernels import cpu
 
 _ARGUMENTS = struct.Struct("4Q6q")
 
@@ -21,13 +21,21 @@ def gather(images: Tensor, corners: Tensor, flipped: Tensor, shape: tuple[int, i
 
     Returns:
         [B, height, width, C].
+
+    Raises:
+        IndexError: if a crop begins outside of the images, or ends beyond the last.
     """
-    (height, width), channels = shape, images.shape[3]
+    (height, width), (number, rows, columns, channels) = shape, images.shape
+    last = number * rows * columns - (height - 1) * columns - width
+    if len(corners) and not 0 <= corners.min() <= corners.max() <= last:
+        raise IndexError(
+            f"crops at {corners.min()} to {corners.max()}: wanted 0 to {last}, in {number} images of {rows} × {columns}"
+        )
     out = images.new_empty((len(corners), height, width, channels))
-    LIBRARY.gather_crops(
+    cpu.LIBRARY.gather_crops(
         _ARGUMENTS.pack(
             *(tensor.data_ptr() for tensor in (images, corners, flipped, out)),
-            *(len(corners), height, width, images.shape[2], channels * images.element_size(), torch.get_num_threads()),
+            *(len(corners), height, width, columns, channels * images.element_size(), torch.get_num_threads()),
         )
     )
     return out

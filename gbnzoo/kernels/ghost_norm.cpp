@@ -187,16 +187,18 @@ inline void store(T* p, Vec v, int64_t lanes) {
   PART ? store_part(p, v, lanes) : store<STREAM>(p, v);
 }
 
-// V vectors, or the one that is a part; of bfloat16 two at a time, which make a whole cache line.
+// V vectors, or the one that is a part; of bfloat16 two at a time, which make a whole cache line where rows begin with one.
 template <int V, bool PART, bool STREAM, class T>
 INLINE void store_all(T* p, const Vec* v, int64_t lanes) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bf16> && V % 2 == 0 && !PART) {
-    for (int i = 0; i < V; i += 2) {
-      const __m512i two = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]);
-      STREAM ? _mm512_stream_si512((__m512i*)(p + i * kLanes), two) : _mm512_storeu_si512(p + i * kLanes, two);
+    if (!STREAM || (uintptr_t)p % 64 == 0) {
+      for (int i = 0; i < V; i += 2) {
+        const __m512i two = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]);
+        STREAM ? _mm512_stream_si512((__m512i*)(p + i * kLanes), two) : _mm512_storeu_si512(p + i * kLanes, two);
+      }
+      return;
     }
-    return;
   }
 #endif
   for (int i = 0; i < V; ++i) store<PART, STREAM>(p + i * kLanes, v[i], lanes);
@@ -308,24 +310,36 @@ struct Planes : Problem {
     }
   }
 
-  // A plane is crossed from first to last, also where planes are from last to first. From `split` on what is `distance` ahead
-  // lies elsewhere: beyond the end of the slab in this row, or in the plane that comes next.
   template <class T, class Op>
   void each_large(const Slab& s, bool reverse, const Op& op) const {
-    const int64_t span = s.channels * pixels, gap = (channels - s.channels) * pixels;
-    const int64_t distance = std::min<int64_t>(span, kAheadInPlanes / Op::kStreams / sizeof(T));
+    const int64_t distance = std::min<int64_t>(s.channels * pixels, kAheadInPlanes / Op::kStreams / sizeof(T));
     for (int64_t i = 0; i < s.rows; ++i) {
       const int64_t row = at(s.row + (reverse ? s.rows - 1 - i : i), s.channel);
       for (int64_t j = 0; j < s.channels; ++j) {
-        const int64_t column = reverse ? s.channels - 1 - j : j, place = column * pixels;
-        int64_t split = std::clamp<int64_t>(span - distance - place, 0, pixels), far = distance + gap;
-        if (reverse && distance < pixels) split = pixels - distance, far = distance - 2 * pixels - (column ? 0 : gap);
-        else if (reverse) split = 0, far = -distance - (place < distance ? gap : 0);
-        split -= split % (4 * kLanes);
-        along(op, Strip{row + place, 0, 0, distance, column, 0}, split);
-        along(op, Strip{row + place + split, 0, 0, far, column, 0}, pixels - split);
+        const int64_t column = reverse ? s.channels - 1 - j : j;
+        const Ahead ahead = ahead_of(s, column, distance, reverse);
+        const int64_t split = ahead.split - ahead.split % (4 * kLanes), begin = row + column * pixels;
+        along(op, Strip{begin, 0, 0, distance, column, 0}, split);
+        along(op, Strip{begin + split, 0, 0, ahead.far, column, 0}, pixels - split);
       }
     }
+  }
+
+  // The first `split` values of a plane are followed, `distance` later, by what is crossed then; the others not, but `far` later.
+  // It is the same cut in every plane, or sums would hang on how slabs are laid, and so on the number of threads.
+  struct Ahead {
+    int64_t split, far;
+  };
+
+  // Planes lie one behind the other, in a row of the slab; then comes a gap. They are crossed in this order, or the last first;
+  // each by itself is always crossed from its first value on.
+  Ahead ahead_of(const Slab& s, int64_t column, int64_t distance, bool reverse) const {
+    const int64_t gap = (channels - s.channels) * pixels, before = column * pixels, span = s.channels * pixels;
+    const bool is_long = distance < pixels, is_last = column == (reverse ? 0 : s.channels - 1);
+    // Beyond the end of a long plane, as far into the next; by whole planes where they are short.
+    if (is_long) return {pixels - distance, distance - (reverse ? 2 * pixels : 0) + (is_last ? reverse ? -gap : gap : 0)};
+    if (reverse) return {0, -distance - (before < distance ? gap : 0)};
+    return {0, distance + (before + distance >= span ? gap : 0)};
   }
 
   template <class Op>

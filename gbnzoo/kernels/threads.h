@@ -7,6 +7,7 @@
 
 // GOMP_parallel of the OpenMP runtime that torch itself uses: its threads are awake, and there is no second pool.
 typedef void (*ParallelRegion)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+// Hidden, or all libraries with it that a process loads would share one.
 __attribute__((visibility("hidden"))) inline ParallelRegion parallel_region = nullptr;
 
 template <class F>
