@@ -312,16 +312,27 @@ def test_compiles_without_a_graph_break(kernel, fusion, dynamic):
     torch._dynamo.reset()
 
 
-def test_operators_keep_their_promises_to_torch(kernel):
-    x = laid_out(torch.randn(10, 6, 5, 5), "channels_last")
-    weight, bias = torch.randn(6), torch.randn(6)
-    checks = ("test_schema", "test_faketensor")
-    forward = torch.ops.gbnzoo.ghost_batch_norm.default
-    for residual in (None, x):
-        torch.library.opcheck(forward, (x, residual, weight, bias, GHOST, 1e-5, True), test_utils=checks)
-        y, statistics = forward(x, residual, weight, bias, GHOST, 1e-5, True)
-        arguments = (x, x, None if residual is None else y, weight, bias, statistics, GHOST, True)
-        torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm_backward.default, arguments, test_utils=checks)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # opcheck looks at it
+def test_operators_keep_their_promises_to_torch(kernel, adds):
+    x, residual = (laid_out(torch.randn(10, 6, 5, 5), "channels_last").requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
+    inputs = (x, residual if adds else None, weight, bias, GHOST, 1e-5, True)
+    torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm.default, inputs)
+
+    y, statistics = torch.ops.gbnzoo.ghost_batch_norm(*inputs)
+    arguments = (x, x, y if adds else None, weight, bias, statistics, GHOST, True)
+    arguments = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments)
+    backward, checks = torch.ops.gbnzoo.ghost_batch_norm_backward.default, ("test_schema", "test_faketensor")
+    torch.library.opcheck(backward, arguments, test_utils=checks)
+
+    wanted = (x, residual, weight, bias) if adds else (x, weight, bias)
+    expected, *_ = kernel(x, weight, bias, GHOST, 1e-5, residual if adds else None, True)
+    assert torch.equal(y, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(each.square().sum(), wanted) for each in (y, expected)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 class Onlooker(TorchDispatchMode):

@@ -91,7 +91,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOLERANCE = {"rtol": 1e-4, "atol": 3e-4}  # sums that nearly cancel, in another order
 torchscript = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 
 

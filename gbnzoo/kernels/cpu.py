@@ -106,7 +106,9 @@ def ghost_batch_norm(
     Departs from it in that `residual` [as x] is added and the ReLU taken before the result is rounded to x's dtype.
     x is float32 or bfloat16, with more than one value per channel in each ghost.
     """
-    y, statistics = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu)
+    is_plain = is_direct(x, residual, weight, bias)
+    normalize = _GhostBatchNorm.apply if is_plain else torch.ops.gbnzoo.ghost_batch_norm
+    y, statistics = normalize(x, residual, weight, bias, ghost_rows, eps, relu)
     mean, variance, _ = statistics.unbind()
     return y, mean, variance
 
@@ -183,23 +185,27 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class _GhostBatchNorm(torch.autograd.Function):
-    """Keeps x alone for the backward pass, and y too where a residual was added before the ReLU."""
+    """The operator and its gradient, without torch's way to it."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, ghost_rows, eps, relu):
-        if is_direct(x, residual, weight, bias):
-            y, statistics = _forward(x, residual, weight, bias, ghost_rows, eps, relu)
-        else:
-            y, statistics = torch.ops.gbnzoo.ghost_batch_norm(x, residual, weight, bias, ghost_rows, eps, relu)
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, statistics)
-        ctx.has_residual, ctx.ghost_rows, ctx.eps, ctx.relu = residual is not None, ghost_rows, eps, relu
-        return y, statistics
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, dy, _):
         return *_gradients(ctx, dy), None, None, None
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """x alone for the backward pass, and y too where a residual was added before the ReLU."""
+    x, residual, weight, bias, ctx.ghost_rows, ctx.eps, ctx.relu = inputs
+    y, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, y if ctx.relu and ctx.has_residual else None, weight, bias, statistics)
 
 
 class _DirectGhostBatchNorm(torch.autograd.Function):
@@ -347,6 +353,9 @@ torch.library.define(
 def _forward_fake(x, residual, weight, bias, ghost_rows, eps, relu):
     ghosts = torch.sym_max(1, x.shape[0] // ghost_rows)
     return torch.empty_like(x), x.new_empty((3, ghosts, x.shape[1]), dtype=torch.float32)
+
+
+torch.library.register_autograd("gbnzoo::ghost_batch_norm", _GhostBatchNorm.backward, setup_context=_keep)
 
 
 @torch.library.register_fake("gbnzoo::ghost_batch_norm_backward")
