@@ -4,10 +4,13 @@
 
 Every contender makes the same updates of one network at one batch size: forward, loss, backward, clipping, SGD with momentum.
 The others have a ready batch of random numbers; only the trainer also draws, crops, flips and normalises its own, logs a row
-and looks out for signals. In turns; on a CPU one thread's CPU time, on a GPU the clock's.
+and looks out for signals. The bare step does nothing that an update does not need; the one below it is as one writes it, with
+images in float32, which autocast rounds, and torch's clipping, which also multiplies by 1. In turns; on a CPU one thread's CPU
+time, on a GPU the clock's. The roofline is what convolutions and matrix products would take at the rate of a large product.
 """
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +22,13 @@ import typer
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gbnzoo
 from benchmarks.timing import interleave, rate, ratio, setting
 from benchmarks.trainers import opened_trainer
 from gbnzoo.allocator import keep_freed_memory
+from gbnzoo.data import MicroBatch, MicroBatches
 from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.recipe import load_recipe
 from gbnzoo.trainer import Trainer, build_model, build_optimizer
@@ -72,9 +77,11 @@ def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, indu
             )
 
         trainer = opened(cuda_graphs=True)
+        bare_step = _bare_step(trainer, recipe.large.ghost_batch_size, is_bare=True)
         contenders = {
             "gbnzoo train": _trained(trainer),
-            "bare step, ghost norm, bf16 channels_last": _bare_step(trainer, recipe.large.ghost_batch_size),
+            "bare step, ghost norm, bf16 channels_last": bare_step,
+            "the same, images in float32": _bare_step(trainer, recipe.large.ghost_batch_size, is_bare=False),
             "nn.BatchNorm, bf16 channels_last, timm's loop": _timm_loop(trainer, batch_size, torch.bfloat16),
             "nn.BatchNorm, fp32 NCHW, timm's loop": _timm_loop(trainer, batch_size, None),
         }
@@ -90,11 +97,26 @@ def measure(path: str, batch_size: int, data_dir: Path | None, rounds: int, indu
                 torch.cuda.synchronize()
                 return time.perf_counter()
 
+        with FlopCounterMode(display=False) as counter:
+            bare_step()
+        product = torch.ones(2048, 2048, dtype=torch.bfloat16, device=trainer.device)
+        contenders["product"] = lambda: product @ product
+        images = _TimedImages(trainer.micro_batches, clock)
+        trainer.micro_batches = images
         times = interleave(contenders, rounds, clock=clock)
     print(f"\n{recipe.model.name}, batch {batch_size}\n\n| step | images/s | time over the bare step |\n|---|---|---|")
-    bare = list(times)[1]
+    trained, bare, *_ = times
+    peak = 2 * 2048**3 / statistics.median(times.pop("product"))
     for name, seconds in times.items():
         print(f"| {name} | {rate(seconds, UPDATES_A_ROW * batch_size)} | {ratio(times, name, bare)} |", flush=True)
+    roofline = counter.get_total_flops() / peak / UPDATES_A_ROW
+    share = roofline * UPDATES_A_ROW / statistics.median(times[bare])
+    print(
+        f"\nroofline: {1e3 * roofline:.2f} ms an update at {peak / 1e9:,.0f} GFLOP/s, {share:.0%} of the bare step's time"
+    )
+    milliseconds = statistics.median(images.milliseconds)
+    share = milliseconds * UPDATES_A_ROW / 1e3 / statistics.median(times[trained])
+    print(f"images: {milliseconds:.2f} ms an update, {share:.1%} of gbnzoo train's time")
 
 
 def _trained(trainer: Trainer) -> Callable[[], None]:
@@ -117,20 +139,40 @@ def _trained(trainer: Trainer) -> Callable[[], None]:
     return train
 
 
-def _bare_step(trainer: Trainer, ghost_batch_size: int) -> Callable[[], None]:
+class _TimedImages:
+    """A trainer's images, and how long each update waited for them."""
+
+    def __init__(self, micro_batches: MicroBatches, clock: Callable[[], float]):
+        self.inner, self.clock, self.milliseconds = micro_batches, clock, []
+
+    def at(self, update: int) -> list[MicroBatch]:
+        began = self.clock()
+        batches = list(self.inner.at(update))
+        self.milliseconds.append(1e3 * (self.clock() - began))
+        return batches
+
+
+def _bare_step(trainer: Trainer, ghost_batch_size: int, *, is_bare: bool) -> Callable[[], None]:
     model = fuse_ghost_batchnorm(build_model(trainer.recipe, trainer.train_set, ghost_batch_size))
     model.to(trainer.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(trainer.recipe.optimizer, model)
     images, labels = _random_batch(trainer, torch.channels_last)
-    clip_grad_norm = trainer.regime.clip_grad_norm
+    if is_bare:
+        images = images.bfloat16()
+    parameters, limit = list(model.parameters()), trainer.regime.clip_grad_norm
+    on_gpu = trainer.device.type == "cuda"
 
     def step() -> None:
         for _ in range(UPDATES_A_ROW):
             with torch.autocast(trainer.device.type, torch.bfloat16):
                 loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
-            if clip_grad_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
+            if limit and is_bare:
+                norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+                if on_gpu or norm > limit:
+                    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            elif limit:
+                nn.utils.clip_grad_norm_(parameters, limit)
             optimizer.step()
             optimizer.zero_grad()
 

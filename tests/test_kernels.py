@@ -209,7 +209,7 @@ def test_nan_and_infinity_reach_the_output_of_their_ghost_and_no_other(relu, lay
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("shape", [(16, 64, 112, 112), (64, 48, 64, 64), (128, 128, 28, 28), (896, 16, 31, 31)])
 def test_outputs_beyond_the_cache_are_the_same_bits(shape, dtype, layout):
-    """These are written past the cache; ghost by ghost they are not. Not every row of 16 or 48 in bfloat16 begins a line of it."""
+    """These are written past the cache; ghost by ghost they are not. Not every row of 48 in bfloat16 begins a line of it."""
     x, residual, dy = (laid_out(torch.randn(shape), layout).to(dtype) for _ in range(3))
     weight, bias = torch.rand(shape[1]), torch.randn(shape[1])
 
@@ -313,9 +313,7 @@ def test_compiles_without_a_graph_break(kernel, fusion, dynamic):
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # opcheck looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck looks
 def test_operators_keep_their_promises_to_torch(kernel, adds):
     x, residual = (laid_out(torch.randn(10, 6, 5, 5), "channels_last").requires_grad_() for _ in range(2))
     weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
