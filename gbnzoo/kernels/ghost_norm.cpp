@@ -20,6 +20,11 @@
 
 #define INLINE __attribute__((always_inline)) inline
 
+// From this size on an output is written past the cache, which it would only push other things out of. Tests change it.
+extern "C" {
+int64_t ghost_norm_streamed_bytes = 24 << 20;
+}
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -36,7 +41,6 @@ constexpr int64_t kAheadInRows = 8192;         // the same in channels-last layo
 constexpr int64_t kPlanesSlab = 640 << 10;     // of a slab of planes, if no more than 5/8 of the L2 cache
 constexpr int64_t kBlock = 64 << 10;           // of the rows crossed by one strip of columns after the other
 constexpr int64_t kSmallPlane = 512;           // of a channel, at most, to be crossed with those of other rows
-constexpr int64_t kStreamedOutput = 24 << 20;  // an output above this would only push other things out of the cache
 
 constexpr int64_t kCutChannels = 64;  // that a channels-last ghost is cut into where that makes it fit the L3 cache
 constexpr int64_t kRowsAtOnce = 8;    // that are crossed together where they are wider than a strip
@@ -1002,7 +1006,7 @@ void dispatch(const Direction& direction, const Problem& problem, bool channels_
   with(channels_last, [&](auto last) {
     typedef std::conditional_t<last.value, Columns, Planes> Layout;
     const Layout layout{problem};
-    bool stream = layout.keeps_alignment() && problem.samples * problem.channels * problem.pixels * bytes >= kStreamedOutput;
+    bool stream = layout.keeps_alignment() && problem.samples * problem.channels * problem.pixels * bytes >= ghost_norm_streamed_bytes;
     for (const void* output : outputs) stream &= (uintptr_t)output % 64 == 0;
     with(add, [&](auto add) {
       with(relu, [&](auto relu) {
