@@ -801,7 +801,7 @@ class Augment:
         return self._finished(gather(images, corner, flip, (height, width)))
 
     def _gather(self, images: Tensor, corners: Tensor, flipped: Tensor, shape: tuple[int, int]) -> Tensor:
-        """As the kernel does it, but that nothing is flipped where nothing is to be."""
+        """As `kernels.crops.gather`; where this kind never flips `flipped` is ignored."""
         _, _, width, channels = images.shape
         # Row k of this view is the image row that begins at pixel k, so that a crop copies whole rows.
         rows = images.view(-1)

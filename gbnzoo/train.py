@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
-import torch
 import typer
 from accelerate import PartialState
 
@@ -36,7 +34,6 @@ from gbnzoo.trainer import check_recipe as check_recipe
 from gbnzoo.trainer import known_shape as known_shape
 from gbnzoo.trainer import load_sets as load_sets
 from gbnzoo.trainer import sketched_model as sketched_model
-from gbnzoo.tuning import likely_device
 
 LOST_SECONDS = 300.0
 Tracker = Annotated[
@@ -177,8 +174,6 @@ def main(
         if processes and processes > 1 and not is_launched():
             raise typer.Exit(start_processes(processes, "gbnzoo.train", _command_line(context.params)))
         with leaving_process_group():
-            if not is_launched() and (advice := _advice()):
-                typer.echo(advice, err=True)
             folder = train(
                 settings,
                 data_dir=data_dir,
@@ -194,21 +189,6 @@ def main(
             )
             if PartialState().is_main_process:
                 print(folder)
-
-
-def _advice() -> str:
-    """What to say to threads of one process on cores that do other work too; nothing where they have them for themselves."""
-    threads = torch.get_num_threads()
-    if threads == 1 or likely_device().type != "cpu":
-        return ""
-    taken = sum(psutil.cpu_percent(interval=0.2, percpu=True)) / 100
-    cores = psutil.cpu_count()
-    if threads + taken < cores + 0.5:
-        return ""
-    return (
-        f"gbnzoo: other work takes {taken:.1f} of {cores} cores, and {threads} threads wait for each other at every step:"
-        " OMP_NUM_THREADS=1, or --processes in place of threads, is then faster by far; gbnzoo plan RECIPE --measure times them"
-    )
 
 
 def _command_line(params: dict[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ Only the first process reads and writes the run's folder; the others get from it
 import contextlib
 import difflib
 import importlib.util
+import logging
 import math
 import platform
 import resource
@@ -143,6 +144,9 @@ class Trainer:
         max_seconds = tuning.measuring_seconds(self.bare_model, setting, samples) if setting else 0.0
         if not max_seconds:
             return layout.micro_batch_size
+        is_alone_on_cpu = self.world_size == 1 and self.device.type == "cpu"
+        if is_alone_on_cpu and (advice := tuning.advice_on_threads(torch.get_num_threads())):
+            logging.getLogger(__name__).warning(advice)
 
         def measure() -> dict[int, float]:
             time_pass = tuning.training_pass(self.bare_model, setting)

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -83,6 +84,22 @@ def likely_device() -> torch.device:
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def advice_on_threads(threads: int) -> str:
+    """What to say where a process's threads share their cores with other work; nothing where they have them for themselves."""
+    process = psutil.Process()
+    cores = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count())
+    if threads == 1:
+        return ""
+    taken_of_each = psutil.cpu_percent(interval=0.2, percpu=True)
+    taken = sum(taken_of_each[core] for core in cores) / 100
+    if threads + taken < len(cores) + 0.5:
+        return ""
+    return (
+        f"other work takes {taken:.1f} of {len(cores)} cores, and {threads} threads wait for each other at every step:"
+        " OMP_NUM_THREADS=1, or --processes in place of threads, is then faster by far; gbnzoo plan RECIPE --measure times them"
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -1,11 +1,9 @@
 """The command line: what each command prints and leaves, and that mistakes are answered in one line."""
 
-import psutil
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from gbnzoo import cli, train
+from gbnzoo import cli
 from gbnzoo.data import load_images
 from gbnzoo.recipe import shipped_recipes
 
@@ -136,17 +134,3 @@ def test_plan_of_a_known_set_needs_no_data(data, num_samples, monkeypatch):
 
 def test_the_digits_are_as_many_as_plan_says():
     assert len(load_images("digits", "train")) == 1297
-
-
-@pytest.mark.parametrize(
-    ("threads", "taken", "speaks"), [(4, 0.2, False), (4, 1.0, True), (3, 1.0, False), (1, 4.0, False)]
-)
-def test_threads_beside_other_work_are_told_what_is_faster(threads, taken, speaks, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100 * taken / 4] * 4)
-    advice = train._advice()
-    assert bool(advice) == speaks
-    if speaks:
-        assert "other work takes 1.0 of 4 cores, and 4 threads wait" in advice
-        assert "OMP_NUM_THREADS=1" in advice

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     },
     "rates": {"allocator", "launch", "recipe", "trainer"},
     "allocator": set(),
-    "train": {"allocator", "trainer", "launch", "recipe", "tuning"},
+    "train": {"allocator", "trainer", "launch", "recipe"},
     "paper": {"recipe"},
     "card": {"paper", "recipe", "run", "regime", "weights"},
     "records": {"card", "recipe", "regime", "run"},

@@ -91,7 +91,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-TOLERANCE = {"rtol": 1e-4, "atol": 3e-4}  # sums that nearly cancel, in another order
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 torchscript = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 
 
@@ -100,7 +100,8 @@ def test_compiles_without_graph_breaks():
     twin = twin_of(net)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for samples in (4, 5):
-        assert_trains_as(compiled, twin, images(samples), **TOLERANCE)
+        # Twice as much as others: the gradient of a weight is a sum that nearly cancels, here in another order.
+        assert_trains_as(compiled, twin, images(samples), rtol=1e-4, atol=2e-4)
     x = images()
     assert torch.equal(compiled.eval()(x), net.eval()(x))
 
@@ -231,7 +232,8 @@ def test_functional_call_writes_the_buffers_it_was_given():
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
-def test_functional_gradients():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_gradients(compiled):
     net = ghost_net()
     twin, x = twin_of(net), images()
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
@@ -240,7 +242,12 @@ def test_functional_gradients():
         own_buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         return torch.func.functional_call(net, (parameters, own_buffers), (x,)).square().sum()
 
-    gradients = torch.func.grad(loss)(dict(net.named_parameters()))
+    gradient = torch.func.grad(loss)
+    if compiled:
+        gradient = torch.compile(
+            lambda parameters: torch.func.grad(loss)(parameters), fullgraph=True, backend="aot_eager"
+        )
+    gradients = gradient(dict(net.named_parameters()))
     twin(x).square().sum().backward()
     for mine, parameter in zip(gradients.values(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, **TOLERANCE)

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from processes import run_together
@@ -220,3 +222,16 @@ def test_plan_tells_what_will_be_measured_and_what_was(tmp_path):
         assert "measured" not in planned("--micro-batch-size", "16")
         train_digits(tmp_path, fastest=32)
         assert planned().count("2 accumulation × micro-batch 32, measured as the fastest (1 images/s)") == 2
+
+
+@pytest.mark.parametrize(
+    ("threads", "taken", "speaks"), [(4, 0.2, False), (4, 1.0, True), (3, 1.0, False), (1, 4.0, False)]
+)
+def test_threads_beside_other_work_are_told_what_is_faster(threads, taken, speaks, monkeypatch):
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(cpu_affinity=lambda: [0, 1, 2, 5]))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100 * taken, 0, 0, 100, 100, 0])
+    advice = tuning.advice_on_threads(threads)
+    assert bool(advice) == speaks
+    if speaks:
+        assert advice.startswith("other work takes 1.0 of 4 cores, and 4 threads wait")
+        assert "OMP_NUM_THREADS=1" in advice

@@ -1,8 +1,8 @@
-"""The ghost norm on CPUs: `ghost_norm.cpp`, called through ctypes, as two torch operators and their autograd function.
+"""The ghost norm on CPUs: `ghost_norm.cpp`, called through ctypes, as two torch operators and autograd functions.
 
-The operators have fake implementations, so torch.compile and torch.export trace them; what they compute is
-`reference.ghost_batch_norm`. Where nobody traces, the autograd function calls the kernels without them: for a small layer
-torch's way to a custom operator costs more than the norm itself.
+The operators have fake implementations and the first its gradient, so torch.compile and torch.export trace them; what they
+compute is `reference.ghost_batch_norm`. Where nobody traces, the autograd functions call the kernels without them: for a small
+layer torch's way to a custom operator costs more than the norm itself.
 """
 
 import contextlib
@@ -106,9 +106,7 @@ def ghost_batch_norm(
     Departs from it in that `residual` [as x] is added and the ReLU taken before the result is rounded to x's dtype.
     x is float32 or bfloat16, with more than one value per channel in each ghost.
     """
-    is_plain = is_direct(x, residual, weight, bias)
-    normalize = _GhostBatchNorm.apply if is_plain else torch.ops.gbnzoo.ghost_batch_norm
-    y, statistics = normalize(x, residual, weight, bias, ghost_rows, eps, relu)
+    y, statistics = _GhostBatchNorm.apply(x, residual, weight, bias, ghost_rows, eps, relu)
     mean, variance, _ = statistics.unbind()
     return y, mean, variance
 
@@ -185,17 +183,28 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class _GhostBatchNorm(torch.autograd.Function):
-    """The operator and its gradient, without torch's way to it."""
+    """The kernel, as an operator only where it must be one."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
+        if is_direct(*inputs[:4]):
+            output = _forward(*inputs)
+        elif torch.compiler.is_compiling():
+            output = torch.ops.gbnzoo.ghost_batch_norm(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # spares the operator's own way to its gradient
+                output = torch.ops.gbnzoo.ghost_batch_norm(*inputs)
         _keep(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx, dy, _):
-        return *_gradients(ctx, dy), None, None, None
+    def backward(ctx, *gradients):
+        return _gradients_of_all(ctx, *gradients)
+
+
+def _gradients_of_all(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """Of the inputs that `_keep` was given; the statistics have none."""
+    return *_gradients(ctx, dy), None, None, None
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -355,7 +364,8 @@ def _forward_fake(x, residual, weight, bias, ghost_rows, eps, relu):
     return torch.empty_like(x), x.new_empty((3, ghosts, x.shape[1]), dtype=torch.float32)
 
 
-torch.library.register_autograd("gbnzoo::ghost_batch_norm", _GhostBatchNorm.backward, setup_context=_keep)
+# For who calls the operator itself. The autograd function is used here all the same: torch.func goes through it when compiled.
+torch.library.register_autograd("gbnzoo::ghost_batch_norm", _gradients_of_all, setup_context=_keep)
 
 
 @torch.library.register_fake("gbnzoo::ghost_batch_norm_backward")

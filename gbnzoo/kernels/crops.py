@@ -15,8 +15,8 @@ def gather(images: Tensor, corners: Tensor, flipped: Tensor, shape: tuple[int, i
 
     Args:
         images: [N, H, W, C], contiguous, on the CPU.
-        corners: int64 [B], each crop's first pixel, counted over all images; the crop must lie within one.
-        flipped: int64 [B], 0 or 1.
+        corners: int64 [B], contiguous, each crop's first pixel, counted over all images; the crop must lie within one.
+        flipped: int64 [B], contiguous, 0 or 1.
         shape: height and width of a crop.
 
     Returns:

@@ -330,7 +330,7 @@ struct Planes : Problem {
   }
 
   // The first `split` values of a plane are followed, `distance` later, by what is crossed then; the others not, but `far` later.
-  // It is the same cut in every plane, or sums would hang on how slabs are laid, and so on the number of threads.
+  // The cut is the same in every plane, or sums would hang on how many channels a slab has.
   struct Ahead {
     int64_t split, far;
   };
