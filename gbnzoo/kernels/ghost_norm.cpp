@@ -35,7 +35,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Bytes, measured on one core of Zen 5 and of Emerald Rapids; both are flat around these values.
+// Bytes, measured on one core of Emerald Rapids, which is flat around these values.
 constexpr int64_t kAheadInPlanes = 4096;       // from what is computed on to what is prefetched
 constexpr int64_t kAheadInRows = 8192;         // the same in channels-last layouts
 constexpr int64_t kPlanesSlab = 640 << 10;     // of a slab of planes, if no more than 5/8 of the L2 cache
