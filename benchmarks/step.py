@@ -31,7 +31,7 @@ from gbnzoo.allocator import keep_freed_memory
 from gbnzoo.data import MicroBatch, MicroBatches
 from gbnzoo.fusion import fuse_ghost_batchnorm
 from gbnzoo.recipe import load_recipe
-from gbnzoo.trainer import Trainer, build_model, build_optimizer
+from gbnzoo.trainer import Trainer, build_model, build_optimizer, clip_gradients
 
 RECIPES = [  # and the batch of one update
     ("recipes/cifar10/resnet44_gbn.yaml", 128),
@@ -166,19 +166,15 @@ def _bare_step(trainer: Trainer, ghost_batch_size: int, *, is_bare: bool) -> Cal
     if is_bare:
         images = images.bfloat16()
     parameters, limit = list(model.parameters()), trainer.regime.clip_grad_norm
-    on_gpu = trainer.device.type == "cuda"
+    clip = clip_gradients if is_bare else nn.utils.clip_grad_norm_
 
     def step() -> None:
         for _ in range(UPDATES_A_ROW):
             with torch.autocast(trainer.device.type, torch.bfloat16):
                 loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
-            if limit and is_bare:
-                norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-                if on_gpu or norm > limit:
-                    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-            elif limit:
-                nn.utils.clip_grad_norm_(parameters, limit)
+            if limit:
+                clip(parameters, limit)
             optimizer.step()
             optimizer.zero_grad()
 

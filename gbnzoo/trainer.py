@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -253,14 +253,11 @@ class Trainer:
 
     def clip_gradients(self, update: int) -> Tensor | None:
         """Clip, and return the gradient's norm before clipping where it was needed."""
-        limit = self.regime.clip_grad_norm
-        if not limit and update + 1 not in self.logged_updates:
-            return None
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        # Most are shorter, and would be multiplied by 1; to know that, the host would have to wait for a GPU.
-        if limit and not (self.device.type == "cpu" and norm + 1e-6 <= limit):
-            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return norm
+        if self.regime.clip_grad_norm:
+            return clip_gradients(self.parameters, self.regime.clip_grad_norm)
+        if update + 1 in self.logged_updates:
+            return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return None
 
     def add_isotropic_noise(self, update: int) -> None:
         """Add the recipe's noise to the gradient, the same on every process, and none where the recipe has none."""
@@ -621,6 +618,17 @@ def compile_training(model: nn.Module, backend: str) -> None:
     eager = model.forward
     compiled = torch.compile(eager, backend=backend)
     model.forward = lambda *args, **kwargs: (compiled if model.training else eager)(*args, **kwargs)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """As `nn.utils.clip_grad_norm_`, to the bit, which multiplies by 1 where the norm is below the limit.
+
+    To know that it is, the host would have to wait for a GPU, so there it does so too.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not (norm.device.type == "cpu" and norm + 1e-6 <= limit):  # a NaN is clipped
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:

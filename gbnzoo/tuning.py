@@ -88,10 +88,10 @@ def likely_device() -> torch.device:
 
 def advice_on_threads(threads: int) -> str:
     """What to say where a process's threads share their cores with other work; nothing where they have them for themselves."""
-    process = psutil.Process()
-    cores = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count())
     if threads == 1:
         return ""
+    process = psutil.Process()
+    cores = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count())
     taken_of_each = psutil.cpu_percent(interval=0.2, percpu=True)
     taken = sum(taken_of_each[core] for core in cores) / 100
     if threads + taken < len(cores) + 0.5:

@@ -27,9 +27,10 @@ def gather(images: Tensor, corners: Tensor, flipped: Tensor, shape: tuple[int, i
     """
     (height, width), (number, rows, columns, channels) = shape, images.shape
     last = number * rows * columns - (height - 1) * columns - width
-    if len(corners) and not 0 <= corners.min() <= corners.max() <= last:
+    lowest, highest = corners.aminmax() if len(corners) else (0, 0)
+    if lowest < 0 or highest > last:
         raise IndexError(
-            f"crops at {corners.min()} to {corners.max()}: wanted 0 to {last}, in {number} images of {rows} × {columns}"
+            f"crops at {lowest} to {highest}: wanted 0 to {last}, in {number} images of {rows} × {columns}"
         )
     out = images.new_empty((len(corners), height, width, channels))
     cpu.LIBRARY.gather_crops(

@@ -784,7 +784,7 @@ struct Forward {
       double* totals = zero_doubles(kTotals, parts * 2 * s.channels);
 
       // Where a guess is far off, the mean is the next.
-      guess_means(layout, s, x, means);
+      guess_means(layout, s, means);
       for (int attempt = 0, is_off = 1; is_off && attempt < 2; ++attempt) {
         repeat(means, s.channels, repeats);
         each_part(s, parts, [&](const Slab& part, int64_t i) {
@@ -818,7 +818,7 @@ struct Forward {
     each_strip(layout, s, [&](const Strip& strip, int64_t channel, int64_t channels) {
       const int64_t at = ghost * layout.channels + channel;
       std::memset(guesses, 0, sizeof guesses);
-      guess_means(layout, Slab{s.row, s.rows, channel, channels}, x, guesses);
+      guess_means(layout, Slab{s.row, s.rows, channel, channels}, guesses);
       for (int attempt = 0, is_off = 1; is_off && attempt < 2; ++attempt) {
         if (attempt) std::memcpy(guesses, means, sizeof means);
         std::memset(sums, 0, sizeof sums);
@@ -847,7 +847,7 @@ struct Forward {
   }
 
   // Means of a few values of each channel: where it has planes, the first of the first.
-  static void guess_means(const Planes& layout, const Slab& s, const T* x, float* guess) {
+  void guess_means(const Planes& layout, const Slab& s, float* guess) const {
     const int64_t values = std::min<int64_t>(4 * kLanes, layout.pixels);
     for (int64_t c = 0; c < s.channels; ++c) {
       const T* plane = x + layout.at(s.row, s.channel + c);
@@ -858,7 +858,7 @@ struct Forward {
     }
   }
 
-  static void guess_means(const Columns& layout, const Slab& s, const T* x, float* guess) {
+  void guess_means(const Columns& layout, const Slab& s, float* guess) const {
     const int64_t rows = std::min<int64_t>(4, s.rows);
     for (int64_t r = 0; r < rows; ++r) {
       const T* row = x + layout.at(s.row + r * (s.rows / rows), s.channel);
@@ -1006,7 +1006,8 @@ void dispatch(const Direction& direction, const Problem& problem, bool channels_
   with(channels_last, [&](auto last) {
     typedef std::conditional_t<last.value, Columns, Planes> Layout;
     const Layout layout{problem};
-    bool stream = layout.keeps_alignment() && problem.samples * problem.channels * problem.pixels * bytes >= ghost_norm_streamed_bytes;
+    const int64_t output_bytes = problem.samples * problem.channels * problem.pixels * bytes;
+    bool stream = layout.keeps_alignment() && output_bytes >= ghost_norm_streamed_bytes;
     for (const void* output : outputs) stream &= (uintptr_t)output % 64 == 0;
     with(add, [&](auto add) {
       with(relu, [&](auto relu) {
