@@ -172,17 +172,17 @@ class Normalise:
     ):
         self.dtype = dtype
         self.wide = torch.promote_types(dtype, torch.float32)
+        self.mean, self.std = (torch.tensor(values, dtype=self.wide, device=device).mul(255) for values in (mean, std))
         # A whole row of pixels: with the channels alone, the innermost loop would be three long.
-        self.mean, self.std = (
-            torch.tensor(values, dtype=self.wide, device=device).mul(255).repeat(width) for values in (mean, std)
-        )
+        self._row = self.mean.repeat(width), self.std.repeat(width)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.values(images).permute(0, 3, 1, 2)
 
     def values(self, images: Tensor) -> Tensor:
         """Still [b, H, W, C]."""
-        x = images.flatten(2).to(self.wide).sub_(self.mean).div_(self.std).to(self.dtype)
+        mean, std = self._row
+        x = images.flatten(2).to(self.wide).sub_(mean).div_(std).to(self.dtype)
         return x.view(images.shape)
 
 
@@ -699,12 +699,17 @@ class GlobalBatches:
                 f"batches of {self.batch_size} from {self.num_samples} samples: wanted at least one of each"
             )
 
-    def at(self, update: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Sample indices and epochs, both int64 [stop - start], of entries `start` to `stop` of one global batch."""
-        first = update * self.batch_size
-        entries = torch.arange(first + start, first + (self.batch_size if stop is None else stop))
+    def at(self, update: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sample indices and epochs, both int64 [b], of some places, int64 [b], in one global batch; None are all in turn."""
+        places = torch.arange(self.batch_size) if positions is None else positions
+        entries = places + update * self.batch_size
         epochs, positions = entries // self.num_samples, entries % self.num_samples
         return epoch_permutation(self.num_samples, self.seed, epochs, positions), epochs
+
+    def parts(self, update: int, positions: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of several parts, such as the micro-batches of one process, at the price of one."""
+        sizes = [len(part) for part in positions]
+        return zip(*(whole.split(sizes) for whole in self.at(update, torch.cat([*positions]))), strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -727,17 +732,13 @@ class MicroBatches:
     positions: Sequence[Tensor]
 
     def at(self, update: int) -> Iterator[MicroBatch]:
-        indices, epochs = self.order.at(update)
         labels = self.augment.image_set.labels
-        for positions in self.positions:
-            index, epoch = indices.index_select(0, positions), epochs.index_select(0, positions)
-            on_device = index.to(labels.device, non_blocking=True)
-            yield MicroBatch(index, epoch, self.augment(index, epoch), labels.index_select(0, on_device))
+        for indices, epochs in self.order.parts(update, self.positions):
+            on_device = indices.to(labels.device, non_blocking=True)
+            yield MicroBatch(indices, epochs, self.augment(indices, epochs), labels.index_select(0, on_device))
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------
-
-NORMALISED_BYTES = 1 << 30  # at most, of a set that is kept normalised
 
 AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether to flip at random
     "none": (0, False),
@@ -750,11 +751,10 @@ AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether
 
 
 class Augment:
-    """Random crops and flips of an image set, normalised: a whole batch in a few tensor operations.
+    """Random crops and flips of an image set, normalised: a whole batch in one kernel, or a few tensor operations.
 
     Image i at epoch e depends on (seed, e, i) alone. Padding is black before normalisation, as in torchvision's RandomCrop;
-    the paper's authors pad with grey 127. A padded copy of the set is kept on its device; in a dtype of 16 bits, while it
-    takes no more than NORMALISED_BYTES, normalised once and for all.
+    the paper's authors pad with grey 127. A padded copy of the set is kept on its device.
 
     Args:
         image_set: the training images.
@@ -771,15 +771,14 @@ class Augment:
             raise ValueError(f"data.augment {kind!r} is not known; wanted one of {', '.join(AUGMENTATIONS)}")
         self.image_set, self.seed = image_set, seed
         self.pad, self.flips = AUGMENTATIONS[kind]
-        images, mean, std = image_set.images, image_set.mean, image_set.std
+        images, self.crop = image_set.images.contiguous(), image_set.images.shape[1:3]
         if self.pad:
             images = F.pad(images, (0, 0, *(self.pad,) * 4))
-        if dtype.itemsize == 2 and images.numel() * dtype.itemsize <= NORMALISED_BYTES:
-            images = _normalised(images, Normalise(mean, std, images.shape[2], dtype, images.device))
-            self.normalise = None
-        else:
-            self.normalise = Normalise(mean, std, image_set.images.shape[2], dtype, images.device)
-        self.images = images.contiguous()
+        if not (self.pad or self.flips):  # a whole image lies in one piece, as a row does
+            self.crop = (1, math.prod(self.crop))
+            images = images.flatten(1, 2).unsqueeze(1)
+        self.images = images
+        self.normalise = Normalise(image_set.mean, image_set.std, self.crop[1], dtype, images.device)
 
     def __call__(self, indices: Tensor, epochs: Tensor) -> Tensor:
         """Images [B, C, H, W] in channels_last, on the image set's device.
@@ -787,40 +786,37 @@ class Augment:
         Args:
             indices, epochs: int64 [B], best on the CPU.
         """
-        images, (height, width) = self.images, self.image_set.images.shape[1:3]
-        if not (self.pad or self.flips):
-            return self._finished(images.index_select(0, indices.to(images.device, non_blocking=True)))
-        words = _keyed_words(self.seed, "augment", epochs, indices)
-        flip, offset = words & self.flips, words >> 1
-        steps = 2 * self.pad + 1
-        top, left = offset % steps, offset // steps % steps
-        _, padded_height, padded_width, _ = images.shape
-        corner = (_words(indices) * padded_height + top) * padded_width + left
-        corner, flip = torch.from_numpy(np.stack((corner, flip)).view(np.int64)).to(images.device, non_blocking=True)
-        gather = kernels.pick_crops(images) or self._gather
-        return self._finished(gather(images, corner, flip, (height, width)))
+        images, made, shape = self.images, self.normalise, self.image_set.images.shape[1:]
+        corners, flipped = self._places(indices, epochs)
+        if gather := kernels.pick_crops(images, made.dtype):
+            crops = gather(images, corners, flipped, self.crop, made.mean, made.std, made.dtype)
+        else:
+            crops = made.values(self._gather(corners, flipped))
+        return crops.view(-1, *shape).permute(0, 3, 1, 2)
 
-    def _gather(self, images: Tensor, corners: Tensor, flipped: Tensor, shape: tuple[int, int]) -> Tensor:
-        """As `kernels.crops.gather`; where this kind never flips `flipped` is ignored."""
-        _, _, width, channels = images.shape
+    def _places(self, indices: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Each crop's first pixel, counted over all images, and whether it is flipped, both int64 [B]; None flips nothing."""
+        _, rows, columns, _ = self.images.shape
+        corners, flipped = indices * (rows * columns), None
+        if self.pad or self.flips:
+            words, steps = _keyed_words(self.seed, "augment", epochs, indices), 2 * self.pad + 1
+            offset = words >> 1
+            down = offset // steps
+            corner = _words(corners) + (offset - down * steps) * columns + _modulo(down, steps)
+            corners, flipped = (torch.from_numpy(place.view(np.int64)) for place in (corner, words & self.flips))
+            flipped = flipped.to(self.images.device, non_blocking=True)
+        return corners.to(self.images.device, non_blocking=True), flipped
+
+    def _gather(self, corners: Tensor, flipped: Tensor | None) -> Tensor:
+        """As `kernels.crops.gather`, not normalised."""
+        images, (rows, columns), (_, _, width, channels) = self.images, self.crop, self.images.shape
         # Row k of this view is the image row that begins at pixel k, so that a crop copies whole rows.
-        rows = images.view(-1)
-        rows = rows.as_strided(((len(rows) - shape[1] * channels) // channels + 1, shape[1] * channels), (channels, 1))
-        down = torch.arange(shape[0], device=images.device) * width
-        crops = rows.index_select(0, (corners[:, None] + down).flatten()).view(-1, *shape, channels)
+        every = images.view(-1)
+        every = every.as_strided(((len(every) - columns * channels) // channels + 1, columns * channels), (channels, 1))
+        down = torch.arange(rows, device=images.device) * width
+        crops = every.index_select(0, (corners[:, None] + down).flatten()).view(-1, rows, columns, channels)
         if not self.flips:
             return crops
         # To flip all and pick is faster than to flip some: it copies blocks.
         pick = torch.arange(len(crops), device=images.device) + flipped * len(crops)
         return torch.cat((crops, crops.flip(2))).index_select(0, pick)
-
-    def _finished(self, images: Tensor) -> Tensor:
-        return images.permute(0, 3, 1, 2) if self.normalise is None else self.normalise(images)
-
-
-def _normalised(images: Tensor, normalise: Normalise) -> Tensor:
-    """Part by part, since float32 on the way takes four times the memory of uint8."""
-    whole = torch.empty(images.shape, dtype=normalise.dtype, device=images.device)
-    for part, to in zip(images.split(1024), whole.split(1024), strict=True):
-        to.copy_(normalise.values(part))
-    return whole

@@ -9,7 +9,6 @@ Image folders are read where they lie. In memory are the labels, and the batches
 import contextlib
 import functools
 import hashlib
-import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -146,23 +145,22 @@ class FileBatches:
             self._chunks = None  # its workers end before others begin
             self._chunks = iter(_loader(self.samples, _keys_from(update, self.order, self.positions), self.files))
         self._next_update = None  # until all of this one are taken
-        indices, epochs = self.order.at(update)
-        for positions in self.positions:
-            chunks = [next(self._chunks) for _ in positions.split(CHUNK)]
+        for indices, epochs in self.order.parts(update, self.positions):
+            chunks = [next(self._chunks) for _ in indices.split(CHUNK)]
             images, labels = (
                 torch.cat([part.to(self.files.device, non_blocking=True) for part in parts])
                 for parts in zip(*chunks, strict=True)
             )
-            yield MicroBatch(indices[positions], epochs[positions], self.normalise(images), labels)
+            yield MicroBatch(indices, epochs, self.normalise(images), labels)
         self._next_update = update + 1
 
 
 def _keys_from(update: int, order: GlobalBatches, positions: Sequence[Tensor]) -> Iterator[list[Key]]:
     """The keys of an update's chunks, of the next update's, and so on for ever."""
     while True:
-        indices, epochs = order.at(update)
-        for chunk in itertools.chain(*(p.split(CHUNK) for p in positions)):
-            yield list(zip(epochs[chunk].tolist(), indices[chunk].tolist(), strict=True))
+        for indices, epochs in order.parts(update, positions):
+            for chunk in zip(epochs.split(CHUNK), indices.split(CHUNK), strict=True):
+                yield list(zip(*(part.tolist() for part in chunk), strict=True))
         update += 1
 
 

@@ -190,10 +190,12 @@ def test_batches_are_epochs_laid_end_to_end(num_samples, batch_size):
         assert torch.equal(batches.at(update)[1], numbers[cut])
 
 
-def test_part_of_a_batch_is_that_part():
-    batches = GlobalBatches(50, 32, seed=0)
-    for whole, part in zip(batches.at(5), batches.at(5, 8, 24), strict=True):
-        assert torch.equal(part, whole[8:24])
+def test_parts_of_a_batch_are_those_parts():
+    batches, generator = GlobalBatches(50, 32, seed=0), torch.Generator().manual_seed(0)
+    positions = torch.randperm(32, generator=generator)[:20].split([5, 15])
+    whole = torch.stack(batches.at(5))
+    for part, places in zip(batches.parts(5, positions), positions, strict=True):
+        assert torch.equal(torch.stack(part), whole[:, places])
 
 
 def test_order_needs_no_memory_in_proportion_to_the_data():
@@ -269,16 +271,15 @@ def test_augmented_images_are_channels_last_in_the_dtype_asked_for():
     assert torch.equal(half, single.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
-def test_a_set_too_large_to_keep_normalised_makes_the_same_images(kind, monkeypatch):
+def test_images_are_the_same_to_the_bit_without_kernels(kind, dtype, monkeypatch):
     images, indices, epochs = image_set(random_pixels(20, 12, 20, 3)), torch.arange(20), torch.arange(20)
-    once, each_time = [], []
-    for made, limit in ((once, 1 << 20), (each_time, 1 << 10)):
-        monkeypatch.setattr(data, "NORMALISED_BYTES", limit)
-        augment = Augment(images, kind, 0, torch.bfloat16)
-        assert (augment.normalise is None) == (made is once)
-        made.append(augment(indices, epochs))
-    assert torch.equal(*once, *each_time)
+    augment = Augment(images, kind, 0, dtype)
+    made = augment(indices, epochs)
+    monkeypatch.setattr(data.kernels, "_ARE_ON", False)
+    assert torch.equal(augment(indices, epochs), made)
+    assert made.dtype == dtype
 
 
 def test_unknown_augmentation_is_named_beside_the_known_ones():

@@ -570,28 +570,29 @@ def test_reference(fusion):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["none", "pad2_crop", "pad2_crop_flip"])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.usefixtures("instruction_set")
-def test_crops_are_those_of_torchs_operators(dtype, channels, threads, monkeypatch):
+def test_crops_are_those_of_torchs_operators(dtype, kind, channels, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for height, width in ((12, 20), (5, 7), (28, 28)):
-        pixels, half = torch.from_numpy(random_pixels(9, height, width, channels)), (0.5,) * channels
-        image_set = ImageSet(pixels, torch.zeros(9, dtype=torch.int64), (), half, half, "random", "train")
-        augment = Augment(image_set, "pad2_crop_flip", 0)
-        images = augment.images.to(dtype)
+    mean, std = torch.rand(2, channels).tolist()
+    for height, width in ((12, 20), (5, 7), (28, 28), (1, 1), (3, 300)):
+        pixels = torch.from_numpy(random_pixels(9, height, width, channels))
+        image_set = ImageSet(pixels, torch.zeros(9, dtype=torch.int64), (), mean, std, "random", "train")
+        augment = Augment(image_set, kind, 0, dtype)
+        images, how = augment.images, augment.normalise
         for size in (0, 1, 2, 200):
-            index, top, left, flipped = (torch.randint(n, (size,)) for n in (9, 5, 5, 2))
-            corners = (index * (height + 4) + top) * (width + 4) + left
-            made = crops.gather(images, corners, flipped, (height, width))
-            assert torch.equal(made, augment._gather(images, corners, flipped, (height, width)))
+            corners, flipped = augment._places(torch.randint(9, (size,)), torch.arange(size))
+            made = crops.gather(images, corners, flipped, augment.crop, how.mean, how.std, dtype)
+            assert torch.equal(made, how.values(augment._gather(corners, flipped)))
 
 
 @pytest.mark.parametrize("corner", [-1, 2 * 12 * 12 - 7 * 12 - 8 + 1])
 @pytest.mark.usefixtures("instruction_set")
 def test_a_crop_outside_of_the_images_is_refused(corner):
-    images, flipped = torch.from_numpy(random_pixels(2, 12, 12, 3)), torch.zeros(2, dtype=torch.int64)
+    images, one = torch.from_numpy(random_pixels(2, 12, 12, 3)), torch.ones(3)
     with pytest.raises(IndexError, match="wanted 0 to 196, in 2 images of 12 × 12"):
-        crops.gather(images, torch.tensor([0, corner]), flipped, (8, 8))
+        crops.gather(images, torch.tensor([0, corner]), None, (8, 8), one, one, torch.float32)
 
 
 @pytest.mark.parametrize("missing", ["triton", "CUDA"])

@@ -1,4 +1,4 @@
-"""The fused ghost norm, and crops of images; `pick` and its like choose the kernel.
+"""The fused ghost norm, and normalised crops of images; `pick` and its like choose the kernel.
 
 `GBNZOO_KERNELS=0` in the environment turns every kernel off.
 """
@@ -74,9 +74,10 @@ def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[
     return cpu.fold if is_plain and mean.is_contiguous() else None
 
 
-def pick_crops(images: Tensor) -> Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor] | None:
-    """`crops.gather`, or None where there is no kernel for images that lie there."""
-    return crops.gather if _ARE_ON and cpu.LIBRARY is not None and images.is_cpu and images.is_contiguous() else None
+def pick_crops(images: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """`crops.gather`, or None where there is no kernel for images that lie there, or to make them in that dtype."""
+    is_able = _ARE_ON and cpu.LIBRARY is not None and images.is_cpu and dtype in cpu.DTYPES
+    return crops.gather if is_able else None
 
 
 @functools.cache
