@@ -20,13 +20,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub.constants
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import psutil
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +35,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
 from gbnzoo import kernels
+from gbnzoo.pretrained import HTTPError, patiently
 
 if TYPE_CHECKING:
     import datasets
@@ -325,9 +327,13 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
     if folder or name == "imagefolder":
         folder = source_folder(name, spec, folder)
         fingerprint = fingerprint_of(folder)
+        kind, cure = "imagefolder" if name == "imagefolder" else "parquet", "the files may be broken"
+        load = functools.partial(load_tables, name, kind, data_dir=str(folder), cure=cure)
     else:
-        tables = load_tables(name, spec.hub_id, cure="its parquet files can be given by --data-dir or GBNZOO_DATA")
-        fingerprint = [table._fingerprint for table in tables.values()]  # of the commit on the Hub
+        commit, cure = commit_on_hub(spec.hub_id), "its parquet files can be given by --data-dir or GBNZOO_DATA"
+        load = functools.partial(load_tables, name, spec.hub_id, revision=commit, cure=cure)
+        # Where the Hub does not say, `datasets` may still have what it once prepared.
+        fingerprint = commit or [table._fingerprint for table in load().values()]
     key = hashlib.sha256(repr((fingerprint, split, spec)).encode()).hexdigest()[:16]
     cache = cache_folder()
     cached = cache / f"{name.replace('/', '--')}-{split}-{key}.safetensors"
@@ -338,10 +344,8 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
             return file.get_tensor("images"), file.get_tensor("labels"), class_names
 
         with tempfile.TemporaryDirectory(prefix="gbnzoo-", ignore_cleanup_errors=True) as scratch:
-            if folder:
-                # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
-                kind, cure = "imagefolder" if name == "imagefolder" else "parquet", "the files may be broken"
-                tables = load_tables(name, kind, data_dir=str(folder), cache_dir=scratch, cure=cure)
+            # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
+            tables = load(cache_dir=scratch) if folder else load()
             check_split(name, split, tables)
             labels, class_names = read_labels(tables[split], spec, where)
             images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
@@ -352,6 +356,21 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
                 save_file({"images": images, "labels": labels}, whole, {"class_names": json.dumps(class_names)})
                 whole.replace(cached)
     return images, labels, class_names
+
+
+def commit_on_hub(hub_id: str) -> str | None:
+    """The newest commit of a data set, found as `datasets` finds it but without its import, which takes a second.
+
+    Offline, the last one that was seen. None where nobody can tell, and `load_tables` will say what is wrong.
+    """
+    with contextlib.suppress(HTTPError, OSError, ValueError):
+        try:
+            card = patiently(hf_hub_download, hub_id, "README.md", repo_type="dataset")
+        except EntryNotFoundError as error:
+            has_no_card = not isinstance(error, LocalEntryNotFoundError)
+            return HfApi().dataset_info(hub_id).sha if has_no_card else None
+        return Path(card).parent.name  # a file's folder in the cache bears the name of its commit
+    return None
 
 
 @contextlib.contextmanager
@@ -377,7 +396,7 @@ def fingerprint_of(folder: Path) -> list[tuple[str, int, int]]:
 
 def cache_folder() -> Path:
     """Where images and tables are kept: beside the caches of `datasets`, found without its import, which takes a second."""
-    datasets_cache = os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME) / "datasets"
+    datasets_cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
     return Path(datasets_cache) / "gbnzoo"
 
 

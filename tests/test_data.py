@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from conftest import random_pixels
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from gbnzoo import data
 from gbnzoo.data import (
@@ -332,14 +333,50 @@ def test_grey_images_have_one_channel(image_parquet):
     assert np.array_equal(images.images[..., 0], random_pixels(40, 28, 28, seed=len("train")))
 
 
-def test_hub_is_asked_where_no_folder_is_given(image_parquet, monkeypatch):
+@pytest.fixture
+def on_hub(image_parquet, monkeypatch):
+    """CIFAR-10 on a Hub of its own: its commit, which a test may change, and what `datasets` was asked for."""
     import datasets
 
-    on_hub = datasets.load_dataset("parquet", data_dir=str(image_parquet() / "cifar10"))
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda hub_id: asked.append(hub_id) or on_hub)
+    hub, tables = (
+        SimpleNamespace(commit="a1", asked=[]),
+        datasets.load_dataset("parquet", data_dir=str(image_parquet() / "cifar10")),
+    )
+    monkeypatch.setattr(
+        data, "hf_hub_download", lambda hub_id, name, repo_type: f"datasets/snapshots/{hub.commit}/{name}"
+    )
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda hub_id, revision: hub.asked.append((hub_id, revision)) or tables
+    )
+    return hub
+
+
+def test_hub_is_asked_where_no_folder_is_given(on_hub):
+    on_hub.commit = "a0"
     assert np.array_equal(load_images("cifar10", "test").images, random_pixels(20, 32, 32, 3, seed=len("test")))
-    assert asked == ["uoft-cs/cifar10"]
+    assert on_hub.asked == [("uoft-cs/cifar10", "a0")]
+
+
+def test_a_hub_set_is_decoded_once_for_each_commit_and_then_needs_no_datasets_library(on_hub, monkeypatch):
+    first = load_images("cifar10", "test")
+    on_hub.commit = "b2"
+    load_images("cifar10", "test")
+    assert on_hub.asked == [("uoft-cs/cifar10", "a1"), ("uoft-cs/cifar10", "b2")]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert torch.equal(load_images("cifar10", "test").images, first.images)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked_for"), [(LocalEntryNotFoundError("no answer"), None), (EntryNotFoundError("no card"), "c3")]
+)
+def test_a_hub_set_whose_card_cannot_be_had(error, asked_for, on_hub, monkeypatch):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(data, "hf_hub_download", failing)
+    monkeypatch.setattr(data.HfApi, "dataset_info", lambda api, hub_id: SimpleNamespace(sha="c3"))
+    load_images("cifar10", "test")
+    assert {revision for _, revision in on_hub.asked} == {asked_for}
 
 
 def test_other_sets_are_converted_to_rgb_unless_told_otherwise(image_parquet):
@@ -564,9 +601,10 @@ def test_broken_image_is_named(image_folder):
 
 
 def test_hub_out_of_reach_names_the_way_without_it(monkeypatch):
-    def unreachable(hub_id):
+    def unreachable(hub_id, revision):
         raise ConnectionError(f"Couldn't reach '{hub_id}' on the Hub")
 
+    monkeypatch.setattr(data, "commit_on_hub", lambda hub_id: None)
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(
         OSError, match=r"cannot load ylecun/mnist on the Hub: Couldn't reach .*--data-dir or GBNZOO_DATA"
