@@ -273,17 +273,16 @@ struct Moments {
     Vec k[V];
     for (int v = 0; v < V; ++v) k[v] = constant<SHARED>(shift, s.column, v);
     const T* p = x + s.offset;
-    float* to = kept + s.column;
     for (int64_t begin = 0; begin < s.rows; begin += kShort) {
       Vec a[V] = {}, b[V] = {};
       const int64_t end = std::min(s.rows, begin + kShort);
-      for (int64_t r = begin; r < end; ++r, p += s.stride, to += kStripWidth) {
+      for (int64_t r = begin; r < end; ++r, p += s.stride) {
         if (WAY == kSlab) prefetch<V>(p + s.ahead);
         for (int v = 0; v < V; ++v) {
           const Vec d = first<PART>(load<PART>(p + v * kLanes, s.lanes) - k[v], s.lanes);
           a[v] += d;
           b[v] += d * d;
-          if (WAY == kKept) store<false>(to + v * kLanes, d);
+          if (WAY == kKept) store<false>(kept + r * kStripWidth + s.column + v * kLanes, d);
         }
       }
       sums.template add<SHARED, V>(s.column, a, b);
@@ -309,13 +308,13 @@ struct Normalize {
     }
     const T *const from = x, *const other = residual;
     T* const to = y;
-    const float* again = kept + s.column;
-    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride, again += kStripWidth) {
+    for (int64_t r = 0, i = s.offset; r < s.rows; ++r, i += s.stride) {
       if (ADD && WAY == kSlab) prefetch<V>(other + i + s.ahead);
       prefetch_output<V, SHARED, STREAM>(to + i + s.ahead);
       Vec values[V];
       for (int v = 0; v < V; ++v) {
-        const Vec d = WAY == kKept ? load(again + v * kLanes) : load<PART>(from + i + v * kLanes, s.lanes);
+        const int64_t again = r * kStripWidth + s.column + v * kLanes;
+        const Vec d = WAY == kKept ? load(kept + again) : load<PART>(from + i + v * kLanes, s.lanes);
         values[v] = (d - m[v]) * a[v] + b[v];
         if (ADD) values[v] += load<PART>(other + i + v * kLanes, s.lanes);
         if (RELU) values[v] = relu(values[v]);
