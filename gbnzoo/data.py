@@ -26,8 +26,7 @@ import PIL.Image
 import psutil
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,7 +34,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
 from gbnzoo import kernels
-from gbnzoo.pretrained import HTTPError, patiently
 
 if TYPE_CHECKING:
     import datasets
@@ -361,15 +359,12 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
 def commit_on_hub(hub_id: str) -> str | None:
     """The newest commit of a data set, found as `datasets` finds it but without its import, which takes a second.
 
-    Offline, the last one that was seen. None where nobody can tell, and `load_tables` will say what is wrong.
+    Offline, the last one that was seen. None for a set without a card, and for any failure: `load_tables` asks again, and says
+    what is wrong.
     """
-    with contextlib.suppress(HTTPError, OSError, ValueError):
-        try:
-            card = patiently(hf_hub_download, hub_id, "README.md", repo_type="dataset")
-        except EntryNotFoundError as error:
-            has_no_card = not isinstance(error, LocalEntryNotFoundError)
-            return HfApi().dataset_info(hub_id).sha if has_no_card else None
-        return Path(card).parent.name  # a file's folder in the cache bears the name of its commit
+    with contextlib.suppress(Exception):
+        # A file's folder in the cache bears the name of its commit.
+        return Path(hf_hub_download(hub_id, "README.md", repo_type="dataset")).parent.name
     return None
 
 
