@@ -222,7 +222,7 @@ def load_images(
 
     Raises:
         ValueError: if an argument is impossible; if columns, classes, image mode or size are not those wanted; if the images
-            would take over half of the free memory.
+            would take over a third of the free memory.
         OSError: if the files are missing or broken, or the Hub cannot be reached.
         ModuleNotFoundError: if scikit-learn is missing for digits.
     """
@@ -321,7 +321,7 @@ def _read_digits(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
 
 def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) -> Arrays:
     """The split from its cached copy, if the source is what it was; else from the source, and a copy made."""
-    where = f"{name} {split}"
+    where, commit = f"{name} {split}", None
     if folder or name == "imagefolder":
         folder = source_folder(name, spec, folder)
         fingerprint = fingerprint_of(folder)
@@ -342,11 +342,13 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
             return file.get_tensor("images"), file.get_tensor("labels"), class_names
 
         with tempfile.TemporaryDirectory(prefix="gbnzoo-", ignore_cleanup_errors=True) as scratch:
-            # The Arrow copy that `datasets` makes goes to scratch: only the decoded images are read again.
+            # The Arrow copy that `datasets` makes of files goes to scratch: only the decoded images are read again.
             tables = load(cache_dir=scratch) if folder else load()
             check_split(name, split, tables)
             labels, class_names = read_labels(tables[split], spec, where)
             images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
+        if commit and not _is_of_commit(tables[split], commit):
+            return images, labels, class_names
         with contextlib.suppress(OSError, SafetensorError):  # where nothing can be kept, the next run decodes again
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as aside:
@@ -362,10 +364,17 @@ def commit_on_hub(hub_id: str) -> str | None:
     Offline, the last one that was seen. None for a set without a card, and for any failure: `load_tables` asks again, and says
     what is wrong.
     """
+    is_offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
     with contextlib.suppress(Exception):
-        # A file's folder in the cache bears the name of its commit.
-        return Path(hf_hub_download(hub_id, "README.md", repo_type="dataset")).parent.name
+        card = hf_hub_download(hub_id, "README.md", repo_type="dataset", local_files_only=is_offline)
+        return Path(card).parent.name  # a file's folder in the cache bears the name of its commit
     return None
+
+
+def _is_of_commit(table: "datasets.Dataset", commit: str) -> bool:
+    """Whether it was prepared from that commit, as the folder that holds it says: where the Hub fails, `datasets` takes what it
+    prepared last, whatever it was asked for."""
+    return all(commit in Path(file["filename"]).parts for file in table.cache_files)
 
 
 @contextlib.contextmanager
@@ -545,10 +554,10 @@ def in_mode(image: PIL.Image.Image, spec: DatasetSpec, i: int, where: str) -> PI
 
 def _check_memory(num_bytes: int, where: str) -> None:
     free = psutil.virtual_memory().available
-    if num_bytes > free / 2:  # the other half is for augmentation's padded copy
+    if num_bytes > free / 3:  # the rest is for augmentation's padded copy
         raise ValueError(
-            f"{where}: its images take {num_bytes / 1e9:.1f} GB decoded, over half of the {free / 1e9:.1f} GB of free memory;"
-            " a smaller data.image_size or a larger machine would fit; with data.transform images are read as they are needed"
+            f"{where}: its images take {num_bytes / 1e9:.1f} GB decoded, over a third of the {free / 1e9:.1f} GB of free"
+            " memory; a smaller data.image_size or a larger machine would fit; with data.transform images are read when needed"
         )
 
 
@@ -717,13 +726,13 @@ class GlobalBatches:
         """Sample indices and epochs, both int64 [b], of some places, int64 [b], in one global batch; None are all in turn."""
         places = torch.arange(self.batch_size) if positions is None else positions
         entries = places + update * self.batch_size
-        epochs, positions = entries // self.num_samples, entries % self.num_samples
-        return epoch_permutation(self.num_samples, self.seed, epochs, positions), epochs
+        epochs = entries // self.num_samples
+        return epoch_permutation(self.num_samples, self.seed, epochs, entries % self.num_samples), epochs
 
     def parts(self, update: int, positions: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same of several parts, such as the micro-batches of one process, at the price of one."""
         sizes = [len(part) for part in positions]
-        return zip(*(whole.split(sizes) for whole in self.at(update, torch.cat([*positions]))), strict=True)
+        return zip(*(whole.split(sizes) for whole in self.at(update, torch.cat(tuple(positions)))), strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -765,7 +774,8 @@ AUGMENTATIONS = {  # pixels of padding that a random crop is taken from; whether
 
 
 class Augment:
-    """Random crops and flips of an image set, normalised: a whole batch in one kernel, or a few tensor operations.
+    """Random crops and flips of an image set, normalised: a whole batch in one kernel, or a few tensor operations where there
+    is none for the device and dtype.
 
     Image i at epoch e depends on (seed, e, i) alone. Padding is black before normalisation, as in torchvision's RandomCrop;
     the paper's authors pad with grey 127. A padded copy of the set is kept on its device.
@@ -811,14 +821,15 @@ class Augment:
     def _places(self, indices: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each crop's first pixel, counted over all images, and whether it is flipped, both int64 [B]; None flips nothing."""
         _, rows, columns, _ = self.images.shape
-        corners, flipped = indices * (rows * columns), None
+        corners, flipped = indices.long() * (rows * columns), None
         if self.pad or self.flips:
             words, steps = _keyed_words(self.seed, "augment", epochs, indices), 2 * self.pad + 1
             offset = words >> 1
             down = offset // steps
             corner = _words(corners) + (offset - down * steps) * columns + _modulo(down, steps)
-            corners, flipped = (torch.from_numpy(place.view(np.int64)) for place in (corner, words & self.flips))
-            flipped = flipped.to(self.images.device, non_blocking=True)
+            corners = torch.from_numpy(corner.view(np.int64))
+            if self.flips:
+                flipped = torch.from_numpy((words & 1).view(np.int64)).to(self.images.device, non_blocking=True)
         return corners.to(self.images.device, non_blocking=True), flipped
 
     def _gather(self, corners: Tensor, flipped: Tensor | None) -> Tensor:
@@ -829,7 +840,7 @@ class Augment:
         every = every.as_strided(((len(every) - columns * channels) // channels + 1, columns * channels), (channels, 1))
         down = torch.arange(rows, device=images.device) * width
         crops = every.index_select(0, (corners[:, None] + down).flatten()).view(-1, rows, columns, channels)
-        if not self.flips:
+        if flipped is None:
             return crops
         # To flip all and pick is faster than to flip some: it copies blocks.
         pick = torch.arange(len(crops), device=images.device) + flipped * len(crops)

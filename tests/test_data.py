@@ -277,6 +277,8 @@ def test_augmented_images_are_channels_last_in_the_dtype_asked_for():
 def test_images_are_the_same_to_the_bit_without_kernels(kind, dtype, monkeypatch):
     images, indices, epochs = image_set(random_pixels(20, 12, 20, 3)), torch.arange(20), torch.arange(20)
     augment = Augment(images, kind, 0, dtype)
+    if data.kernels.cpu.LIBRARY:
+        assert bool(data.kernels.pick_crops(augment.images, dtype)) == (dtype in data.kernels.cpu.DTYPES)
     made = augment(indices, epochs)
     monkeypatch.setattr(data.kernels, "_ARE_ON", False)
     assert torch.equal(augment(indices, epochs), made)
@@ -334,20 +336,23 @@ def test_grey_images_have_one_channel(image_parquet):
 
 
 @pytest.fixture
-def on_hub(image_parquet, monkeypatch):
-    """CIFAR-10 on a Hub of its own: its commit, which a test may change, and what `datasets` was asked for."""
+def on_hub(image_parquet, tmp_path, monkeypatch):
+    """CIFAR-10 on a Hub of its own: its commit, that of what `datasets` prepared if another, and what was asked for."""
     import datasets
 
-    hub, tables = (
-        SimpleNamespace(commit="a1", asked=[]),
-        datasets.load_dataset("parquet", data_dir=str(image_parquet() / "cifar10")),
-    )
-    monkeypatch.setattr(
-        data, "hf_hub_download", lambda hub_id, name, repo_type: f"datasets/snapshots/{hub.commit}/{name}"
-    )
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda hub_id, revision: hub.asked.append((hub_id, revision)) or tables
-    )
+    hub, folder = SimpleNamespace(commit="a1", prepared=None, asked=[]), image_parquet() / "cifar10"
+    load = datasets.load_dataset
+
+    def load_dataset(hub_id, revision):
+        hub.asked.append((hub_id, revision))
+        prepared = hub.prepared or revision or hub.commit
+        return load("parquet", data_dir=str(folder), cache_dir=str(tmp_path / prepared))
+
+    def hf_hub_download(hub_id, name, repo_type, local_files_only):
+        return f"datasets/snapshots/{hub.commit}/{name}"
+
+    monkeypatch.setattr(data, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return hub
 
 
@@ -364,6 +369,14 @@ def test_a_hub_set_is_decoded_once_for_each_commit_and_then_needs_no_datasets_li
     assert on_hub.asked == [("uoft-cs/cifar10", "a1"), ("uoft-cs/cifar10", "b2")]
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert torch.equal(load_images("cifar10", "test").images, first.images)
+
+
+def test_what_datasets_prepared_of_another_commit_is_not_kept(on_hub):
+    """Where the Hub fails, `datasets` takes what it has."""
+    on_hub.commit, on_hub.prepared = "d4", "d3"
+    for _ in range(2):
+        load_images("cifar10", "test")
+    assert on_hub.asked == [("uoft-cs/cifar10", "d4")] * 2
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError("no answer"), EntryNotFoundError("no card")])
@@ -533,7 +546,7 @@ def test_image_folder_must_exist(data_dir):
 
 def test_set_too_large_for_memory_is_refused_with_its_size(image_parquet, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=200_000))
-    with pytest.raises(ValueError, match=r"cifar10 train: its images take 0.0 GB decoded, over half of the 0.0 GB"):
+    with pytest.raises(ValueError, match=r"cifar10 train: its images take 0.0 GB decoded, over a third of the 0.0 GB"):
         load_images("cifar10", "train", data_dir=image_parquet())
 
 

@@ -576,7 +576,7 @@ def test_reference(fusion):
 def test_crops_are_those_of_torchs_operators(dtype, kind, channels, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     mean, std = torch.rand(2, channels).tolist()
-    for height, width in ((12, 20), (5, 7), (28, 28), (1, 1), (3, 300)):
+    for height, width in ((12, 20), (5, 7), (28, 28), (1, 1), (3, 300), (2, 259)):
         pixels = torch.from_numpy(random_pixels(9, height, width, channels))
         image_set = ImageSet(pixels, torch.zeros(9, dtype=torch.int64), (), mean, std, "random", "train")
         augment = Augment(image_set, kind, 0, dtype)
@@ -593,6 +593,8 @@ def test_a_crop_outside_of_the_images_is_refused(corner):
     images, one = torch.from_numpy(random_pixels(2, 12, 12, 3)), torch.ones(3)
     with pytest.raises(IndexError, match="wanted 0 to 196, in 2 images of 12 × 12"):
         crops.gather(images, torch.tensor([0, corner]), None, (8, 8), one, one, torch.float32)
+    with pytest.raises(ValueError, match="mean and std of 3 and 2 channels, for images of 3"):
+        crops.gather(images, torch.tensor([0]), None, (8, 8), one, one[:2], torch.float32)
 
 
 @pytest.mark.parametrize("missing", ["triton", "CUDA"])

@@ -76,7 +76,9 @@ def pick_fold(mean: Tensor, running: tuple[Tensor, Tensor, Tensor]) -> Callable[
 
 def pick_crops(images: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     """`crops.gather`, or None where there is no kernel for images that lie there, or to make them in that dtype."""
-    is_able = _ARE_ON and cpu.LIBRARY is not None and images.is_cpu and dtype in cpu.DTYPES
+    is_able = (
+        _ARE_ON and cpu.LIBRARY is not None and images.is_cpu and images.dtype is torch.uint8 and dtype in cpu.DTYPES
+    )
     return crops.gather if is_able else None
 
 

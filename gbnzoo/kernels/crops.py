@@ -33,9 +33,12 @@ def gather(
         [B, height, width, C].
 
     Raises:
+        ValueError: if mean and std are not of one value for each channel.
         IndexError: if a crop begins outside of the images, or ends beyond the last.
     """
     (height, width), (number, rows, columns, channels) = shape, images.shape
+    if not mean.shape == std.shape == (channels,):
+        raise ValueError(f"mean and std of {mean.numel()} and {std.numel()} channels, for images of {channels}")
     last = number * rows * columns - (height - 1) * columns - width
     lowest, highest = corners.aminmax() if len(corners) else (0, 0)
     if lowest < 0 or highest > last:
