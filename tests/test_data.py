@@ -304,12 +304,14 @@ def test_evaluation_batches_hold_every_image_once(world_size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_makes_the_same_images():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["none", "pad4_crop", "pad4_crop_flip"])
+def test_a_gpu_makes_the_same_images(kind, dtype):
     images = image_set(random_pixels(50, 32, 32, 3))
     indices, epochs = torch.arange(50), torch.arange(50) // 20
-    on_gpu = Augment(images.to("cuda"), "pad4_crop_flip", 0)(indices, epochs)
+    on_gpu = Augment(images.to("cuda"), kind, 0, dtype)(indices, epochs)
     assert on_gpu.is_cuda
-    assert torch.equal(on_gpu.cpu(), Augment(images, "pad4_crop_flip", 0)(indices, epochs))
+    assert torch.equal(on_gpu.cpu(), Augment(images, kind, 0, dtype)(indices, epochs))
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

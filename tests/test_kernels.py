@@ -541,6 +541,7 @@ def test_a_checkout_runs_the_kernels_that_were_installed_from_its_sources(tmp_pa
         assert Path(file).is_relative_to(checkout)
         return answer == "True"
 
+    assert {file.name for file in (checkout / "kernels").iterdir() if file.suffix in (".cpp", ".h")} <= {*cpu._SOURCES}
     assert has_kernels()
     with open(checkout / "kernels" / "ghost_norm.cpp", "a") as source:
         source.write("// of another version\n")
