@@ -329,7 +329,7 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
         load = functools.partial(load_tables, name, kind, data_dir=str(folder), cure=cure)
     else:
         commit, cure = commit_on_hub(spec.hub_id), "its parquet files can be given by --data-dir or GBNZOO_DATA"
-        load = functools.partial(load_tables, name, spec.hub_id, revision=commit, cure=cure)
+        load = functools.cache(functools.partial(load_tables, name, spec.hub_id, revision=commit, cure=cure))
         # Where the Hub does not say, `datasets` may still have what it once prepared.
         fingerprint = commit or [table._fingerprint for table in load().values()]
     key = hashlib.sha256(repr((fingerprint, split, spec)).encode()).hexdigest()[:16]
@@ -810,12 +810,12 @@ class Augment:
         Args:
             indices, epochs: int64 [B], best on the CPU.
         """
-        images, made, shape = self.images, self.normalise, self.image_set.images.shape[1:]
+        images, normalise, shape = self.images, self.normalise, self.image_set.images.shape[1:]
         corners, flipped = self._places(indices, epochs)
-        if gather := kernels.pick_crops(images, made.dtype):
-            crops = gather(images, corners, flipped, self.crop, made.mean, made.std, made.dtype)
+        if gather := kernels.pick_crops(images, normalise.dtype):
+            crops = gather(images, corners, flipped, self.crop, normalise.mean, normalise.std, normalise.dtype)
         else:
-            crops = made.values(self._gather(corners, flipped))
+            crops = normalise.values(self._gather(corners, flipped))
         return crops.view(-1, *shape).permute(0, 3, 1, 2)
 
     def _places(self, indices: Tensor, epochs: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -18,10 +18,10 @@ constexpr int64_t kBlock = 256;               // pixels at once
 // What crops.py packs: each field is 8 bytes. Images lie row by row, pixel by pixel, and a corner counts pixels from the first's.
 struct CropArguments {
   const uint8_t* images;
-  const int64_t* corners;   // [crops]
-  const uint64_t* flipped;  // [crops], 0 or 1; or null
+  const int64_t* corners;         // [crops]
+  const uint64_t* flipped;        // [crops], 0 or 1; or null
   const float *mean, *deviation;  // [channels]
-  void* out;                // dense
+  void* out;                      // dense
   int64_t crops, rows, row_pixels, pixels_to_next_row, channels, threads;
 };
 
