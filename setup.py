@@ -35,7 +35,7 @@ setup(
     ext_modules=[
         Extension(
             f"gbnzoo.kernels._ghost_norm_{name}",
-            ["gbnzoo/kernels/ghost_norm.cpp", "gbnzoo/kernels/crops.cpp"],
+            ["gbnzoo/kernels/ghost_norm.cpp", "gbnzoo/kernels/crops.cpp", "gbnzoo/kernels/order.cpp"],
             depends=["gbnzoo/kernels/threads.h", "gbnzoo/kernels/vectors.h"],
             language="c++",
             extra_compile_args=["-std=gnu++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *flags],

@@ -588,7 +588,8 @@ def with_random_labels(labels: Tensor, num_classes: int, share: float, seed: int
 
 
 # ---- keyed randomness ----------------------------------------------------------------------------------------------
-# On the CPU in numpy: for one batch it is several times faster than tensor operations, and no GPU waits for it.
+# On the CPU in numpy: for one batch it is several times faster than tensor operations, and no GPU waits for it. The order of a
+# batch has a kernel besides, which is three times faster still.
 
 # Streams never share bits. Their numbers, like the hash and the rounds, are part of every trained weight: they stay.
 _STREAMS = {
@@ -724,8 +725,11 @@ class GlobalBatches:
 
     def at(self, update: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sample indices and epochs, both int64 [b], of some places, int64 [b], in one global batch; None are all in turn."""
-        places = torch.arange(self.batch_size) if positions is None else positions
-        entries = places + update * self.batch_size
+        places, first = torch.arange(self.batch_size) if positions is None else positions, update * self.batch_size
+        if draw := kernels.pick_order():
+            key = int(_stream_key(self.seed, "permutation")[0])
+            return draw(places, first, self.num_samples, _grid(self.num_samples), key)
+        entries = places + first
         epochs = entries // self.num_samples
         return epoch_permutation(self.num_samples, self.seed, epochs, entries % self.num_samples), epochs
 

@@ -1,4 +1,4 @@
-"""The CPU kernels, one for each instruction set: the norm against torch's BatchNorm on each ghost in float64; crops."""
+"""The CPU kernels, one for each instruction set: the norm against BatchNorm on each ghost in float64; crops; the order."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from conftest import random_pixels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gbnzoo import kernels
-from gbnzoo.data import Augment, ImageSet
+from gbnzoo.data import Augment, GlobalBatches, ImageSet
 from gbnzoo.kernels import cpu, crops, reference
 from gbnzoo.norm import GhostBatchNorm2d, GhostBatchNormAct2d, shard_running_statistics
 
@@ -596,6 +596,19 @@ def test_a_crop_outside_of_the_images_is_refused(corner):
         crops.gather(images, torch.tensor([0, corner]), None, (8, 8), one, one, torch.float32)
     with pytest.raises(ValueError, match="mean and std of 3 and 2 channels, for images of 3"):
         crops.gather(images, torch.tensor([0]), None, (8, 8), one, one[:2], torch.float32)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 16, 17, 1000, 60_000, 65_536, 2**31 - 1, 10**12])
+@pytest.mark.usefixtures("instruction_set")
+def test_the_order_is_that_of_numpy(samples, monkeypatch):
+    places = torch.randperm(4099)[:1234]
+    for seed, batch_size, update in ((0, 4099, 0), (7, 5000, 3), (2**63 - 1, 4099, 10**9)):
+        batches = GlobalBatches(samples, batch_size, seed)
+        drawn = torch.stack(batches.at(update, places))
+        with monkeypatch.context() as off:
+            off.setattr(kernels, "_ARE_ON", False)
+            assert kernels.pick_order() is None
+            assert torch.equal(torch.stack(batches.at(update, places)), drawn)
 
 
 @pytest.mark.parametrize("missing", ["triton", "CUDA"])

@@ -1,4 +1,4 @@
-"""The fused ghost norm, and normalised crops of images; `pick` and its like choose the kernel.
+"""The fused ghost norm, normalised crops of images, and the order of samples; `pick` and its like choose the kernel.
 
 `GBNZOO_KERNELS=0` in the environment turns every kernel off.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gbnzoo.kernels import cpu, crops
+from gbnzoo.kernels import cpu, crops, order
 
 _ARE_ON = os.environ.get("GBNZOO_KERNELS") != "0"
 _DTYPES = {"cpu": cpu.DTYPES}
@@ -80,6 +80,11 @@ def pick_crops(images: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | No
         _ARE_ON and cpu.LIBRARY is not None and images.is_cpu and images.dtype is torch.uint8 and dtype in cpu.DTYPES
     )
     return crops.gather if is_able else None
+
+
+def pick_order() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`order.draw`, or None where there is no kernel."""
+    return order.draw if _ARE_ON and cpu.LIBRARY is not None else None
 
 
 @functools.cache

@@ -34,8 +34,8 @@ _FUNCTIONS = {
     for dtype, name in DTYPES.items()
 }
 
-_SOURCES = ("cpu.py", "crops.py", "ghost_norm.cpp", "crops.cpp", "threads.h", "vectors.h")
-_INTERFACE = 4  # of the functions in ghost_norm.cpp and crops.cpp
+_SOURCES = ("cpu.py", "crops.py", "order.py", "ghost_norm.cpp", "crops.cpp", "order.cpp", "threads.h", "vectors.h")
+_INTERFACE = 5  # of the functions in those .cpp
 # Their arguments there, in one piece: ctypes takes longer over each than small layers do over the norm.
 _FORWARD_ARGUMENTS, _BACKWARD_ARGUMENTS = struct.Struct("7q9Qq4d"), struct.Struct("7q10Q")
 _PLAIN_CLASSES = (Tensor, Parameter)
@@ -68,7 +68,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
         return None
     if not library.ghost_norm_is_supported():
         return None
-    for name in (*_FUNCTIONS.values(), *(f"gather_crops_{name}" for name in DTYPES.values())):
+    for name in (*_FUNCTIONS.values(), *(f"gather_crops_{name}" for name in DTYPES.values()), "draw_order"):
         function = getattr(library, name)
         function.argtypes, function.restype = [c_char_p], None
     # The OpenMP runtime torch has loaded for all to see: a second one would fight it for the cores. Without, one thread works.
