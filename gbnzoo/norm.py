@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import timm.layers.norm_act
 import timm.layers.split_batchnorm
+import timm.models.efficientvit_msra
+import timm.models.levit
 import timm.utils.model
 import torch
 import torch.fx
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -163,7 +166,7 @@ class _GhostBatchNorm(_BatchNorm):
 
         # From here on nn.BatchNorm's own forward, written out because torch.jit compiles no call of super().
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
@@ -205,9 +208,9 @@ class _GhostBatchNorm(_BatchNorm):
             self._count_rows(rows)
         ghost_rows, folding = self.ghost_batch_size * self.rows_per_sample, None
         if self.track_running_stats and not _is_recomputation():
-            if self.momentum is None:
-                return None
             buffers = self._buffers  # sooner than through nn.Module.__getattr__
+            if self.momentum is None or buffers["running_mean"] is None:
+                return None
             running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
             folding = self._folding(running, max(1, rows // ghost_rows))
         parameters = self._parameters  # as are the buffers; not there where something computes them
@@ -247,15 +250,17 @@ class _GhostBatchNorm(_BatchNorm):
 
         With several processes this is process `rank`'s term of a sum, see `shard_running_statistics`.
         """
-        if not torch.jit.is_scripting():  # noqa: SIM102, as above
-            if self.momentum is not None and self.momentum <= 1:
-                running = self.running_mean, self.running_var, self.num_batches_tracked
+        if not torch.jit.is_scripting():
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            if self.momentum is not None and self.momentum <= 1 and all(buffer is not None for buffer in running):
                 fold = kernels.pick_fold(mean, running)
                 if fold is not None:
                     fold(mean, var, self._folding(running, mean.shape[0]))
                     return
         ghosts, counted = mean.shape[0], mean.shape[0] * self.world_size
-        if self.momentum is None:
+        if self.running_mean is None:
+            pass
+        elif self.momentum is None:
             total = self.num_batches_tracked.to(mean.dtype) + counted
             keep, weights = 1 - counted / total, (1 / total).expand(ghosts)
             for running, ghost in ((self.running_mean, mean), (self.running_var, var)):
@@ -268,7 +273,8 @@ class _GhostBatchNorm(_BatchNorm):
             for running, ghost in ((self.running_mean, mean), (self.running_var, var)):
                 wide = running.to(ghost.dtype)
                 running.copy_(wide.addmv_(ghost.t(), weights, beta=keep, alpha=self.momentum))
-        self.num_batches_tracked.add_(counted)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(counted)
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -322,9 +328,12 @@ def is_plain_relu(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether others look at or change what goes in and out of a module when it is called."""
+    """Whether others look at or change what goes in and out of a module when it is called.
+
+    By hooks of its own or of all modules, or by a `forward` put in place of its class's, as Accelerate's hooks do.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(len(each) > 0 for each in hooks)
+    return any(len(each) > 0 for each in hooks) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 def _checked(ghost_batch_size: int | None) -> int | None:
@@ -350,6 +359,10 @@ _GHOST_CLASSES = {
     BatchNormAct2d: GhostBatchNormAct2d,
 }
 _PLAIN_CLASSES = {ghost: plain for plain, ghost in _GHOST_CLASSES.items()}
+_FROZEN_CLASSES = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+FOLDING_MODULES = (timm.models.levit.LinearNorm, timm.models.efficientvit_msra.LocalWindowAttention)
+"""timm's that fold tokens and windows into dim 0, each sample's rows together; in all its others dim 0 is the samples."""
 
 
 def convert_ghost_batchnorm(model: nn.Module, ghost_batch_size: int | None) -> nn.Module:
@@ -359,7 +372,11 @@ def convert_ghost_batchnorm(model: nn.Module, ghost_batch_size: int | None) -> n
     dtype, hooks, requires_grad and weight sharing are untouched. The model gets two forward hooks of its own, because a
     ghost is so many of *its* samples, the dim 0 of its first tensor argument: a layer that meets k times as many rows takes
     k consecutive rows for one sample. `torch.jit.script` compiles no such hook, and FX traces without: for the one revert
-    first, and train no trace of a model that folds anything into dim 0.
+    first, and train no trace of a model that folds anything into dim 0. Neither is one called where only a part of the model
+    is, by `forward_features` say: there samples are counted in FOLDING_MODULES alone, and elsewhere are the rows of dim 0.
+    If the model folds by modules of its own, each forward under gradient checkpointing is followed by its backward.
+
+    Tools that look for BatchNorm's own class, as FX fusion and quantization do, pass ghost layers by: revert first.
 
     Frozen BatchNorm layers, torchvision's and timm's, take no batch statistics and are left as they are.
 
@@ -378,7 +395,7 @@ def convert_ghost_batchnorm(model: nn.Module, ghost_batch_size: int | None) -> n
     become_ghosts(model, ghost_batch_size)
     _remove_hooks(model, _begin_counting, _end_counting)
     model.register_forward_pre_hook(_begin_counting, with_kwargs=True)
-    model.register_forward_hook(_end_counting)
+    model.register_forward_hook(_end_counting, always_call=True)
     return model
 
 
@@ -392,12 +409,15 @@ def revert_ghost_batchnorm(model: nn.Module) -> nn.Module:
         layer.__class__ = _PLAIN_CLASSES[type(layer)]
         for name in (*_GHOST_ATTRIBUTES, "samples"):
             layer.__dict__.pop(name, None)
+    for module in model.modules():
+        if isinstance(module, _FROZEN_CLASSES):
+            module.__dict__.pop("ghost_batch_size", None)
     _remove_hooks(model, _begin_counting, _end_counting, count_samples)
     return model
 
 
 def become_ghosts(model: nn.Module, ghost_batch_size: int | None) -> None:
-    """`convert_ghost_batchnorm` without its hooks on the model, for models whose layers all find samples in dim 0."""
+    """`convert_ghost_batchnorm` without its hooks on the model, for models that fold into dim 0 in FOLDING_MODULES alone."""
     _checked(ghost_batch_size)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, layer in layers.items():
@@ -406,6 +426,9 @@ def become_ghosts(model: nn.Module, ghost_batch_size: int | None) -> None:
     for layer in layers.values():
         layer.__class__ = _GHOST_CLASSES.get(type(layer), type(layer))
         layer.ghost_batch_size = ghost_batch_size
+    for module in model.modules():
+        if isinstance(module, FOLDING_MODULES) and count_samples not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(count_samples)
 
 
 def _way_out(layer: _BatchNorm) -> str:
@@ -460,7 +483,8 @@ def _remove_hooks(model: nn.Module, *ours: Callable) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                    flags.pop(key, None)
 
 
 def span_processes(model: nn.Module, process_group: torch.distributed.ProcessGroup) -> None:
@@ -560,20 +584,34 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         model: its ghost layers are changed in place; each module is then in the mode it was in.
-        batches: inputs of the model, of which each process has equally many ghosts.
+        batches: inputs of the model, of which each process has equally many ghosts; at least one.
+
+    Raises:
+        ValueError: if there is no batch. After this and any other error the statistics are those from before.
 
     Source: Wu and Johnson 2021, arXiv 2105.07576, section 3.1.
     """
     layers = [layer for layer in _ghost_layers(model) if layer.track_running_stats]
     training, momenta = {module: module.training for module in model.modules()}, [layer.momentum for layer in layers]
+    before = [{name: buffer.clone() for name, buffer in layer._buffers.items()} for layer in layers]
     model.eval()
     for layer in layers:
         layer.training = True
         layer.momentum = None  # a plain mean
         layer.reset_running_stats()
+    batch = None
     try:
         for batch in batches:
             model(batch)
+        if batch is None:
+            raise ValueError(
+                "no batch to take running statistics from; wanted at least one (an iterator may be used up)"
+            )
+    except BaseException:
+        for layer, buffers in zip(layers, before, strict=True):
+            for name, buffer in buffers.items():
+                layer._buffers[name].copy_(buffer)
+        raise
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -605,9 +643,16 @@ def _freeze_ghosts(freeze: Callable) -> Callable:
 
     @functools.wraps(freeze)
     def remembering(module: nn.Module) -> nn.Module:
+        if isinstance(module, _GhostBatchNorm) and module.world_size > 1:
+            raise RuntimeError(
+                "the running statistics are split over processes: freeze the model before shard_running_statistics, or inside"
+                " gathered_running_statistics(model)"
+            )
         frozen = freeze(module)
         if isinstance(module, _GhostBatchNorm) and frozen is not module:
             frozen.ghost_batch_size = module.ghost_batch_size
+            for buffer in frozen.buffers():  # the layer's own until here, which gathered_running_statistics takes back
+                buffer.data = buffer.data.clone()
         return frozen
 
     return remembering
@@ -617,7 +662,7 @@ def _unfreeze_ghosts(unfreeze: Callable) -> Callable:
     @functools.wraps(unfreeze)
     def recalling(module: nn.Module) -> nn.Module:
         thawed = unfreeze(module)
-        if isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d) and hasattr(module, "ghost_batch_size"):
+        if isinstance(module, _FROZEN_CLASSES) and hasattr(module, "ghost_batch_size"):
             become_ghosts(thawed, module.ghost_batch_size)
         return thawed
 

@@ -4,11 +4,13 @@ One name is a hub folder's, a Hub repo's and timm's. Weights come from the hub f
 them, else from the Hub or its cache on this machine; as safetensors alone, and looked at before they are loaded.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,9 +53,20 @@ def hub_folder() -> Path:
 
 @functools.cache
 def published() -> dict[str, dict[str, Any]]:
-    """Name and config.json of all published weights that this installation knows of."""
-    files = sorted(hub_folder().glob("*/config.json"))
-    return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    """Name and config.json of all published weights that this installation knows of.
+
+    A file that nothing can be made of is left out with a warning: whoever imports the package may not need it.
+    """
+    configs = {}
+    for file in sorted(hub_folder().glob("*/config.json")):
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            PretrainedCfg(**_timm_cfg(config))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"{file} is left out, as timm does not write such a file: {error!r}", stacklevel=2)
+        else:
+            configs[file.parent.name] = config
+    return configs
 
 
 def published_of(architecture: str) -> list[str]:
@@ -199,29 +212,41 @@ def without_token(error: BaseException) -> str:
 
 def _fetch(repo: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     """One file of a repo, as it lies in the cache afterwards."""
-    source = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
     try:
         return Path(patiently(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir))
-    except LocalEntryNotFoundError as error:
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise _explained(error, repo, filename, revision, cache_dir) from None
+
+
+def _explained(
+    error: Exception, repo: str, filename: str, revision: str | None, cache_dir: str | Path | None
+) -> WeightsNotFoundError:
+    """What the Hub client's error says, and what would work.
+
+    Raises:
+        WeightsError: if the repo holds pickles alone.
+    """
+    source = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
+    if isinstance(error, LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
             problem, cure = "HF_HUB_OFFLINE is set and the cache holds no copy", "the same without HF_HUB_OFFLINE"
         else:
             cause = without_token(error.__cause__ or error)
             problem, cure = f"no answer from {constants.ENDPOINT} ({cause})", "the same once there is a connection"
         cure += "; from then on the cache serves it offline too"
-    except RevisionNotFoundError:
+    elif isinstance(error, RevisionNotFoundError):
         problem, cure = "the repo has no such revision", f"hf-hub:{repo} without one"
-    except RepositoryNotFoundError:
+    elif isinstance(error, RepositoryNotFoundError):
         problem = "there is no such repo, or none that you may read"
         cure = "the right name, or a token that may read a private repo (`hf auth login` or HF_TOKEN)"
-    except EntryNotFoundError:
+    elif isinstance(error, EntryNotFoundError):
         if filename == WEIGHTS_FILE:
             refuse_pickles(source, HfApi().list_repo_files(repo, revision=revision))
         problem, cure = f"the repo holds no {filename}", "a repo of a timm model"
-    except (HTTPError, HFValidationError, OSError) as error:
+    else:
         problem, cure = without_token(error), "the same with that put right"
     cached = [commit for commit in _cached_commits(repo, cache_dir) if commit != revision]
-    raise WeightsNotFoundError(
+    return WeightsNotFoundError(
         [f"{source}: {problem}"],
         [
             cure,
@@ -237,9 +262,10 @@ def _cached_commits(repo: str, cache_dir: str | Path | None) -> list[str]:
 
 
 def _timm_cfg(config: dict[str, Any]) -> dict[str, Any]:
-    """timm's pretrained cfg of a config.json, less any place to load from."""
+    """timm's pretrained cfg of a config.json, less any place to load from and what only another timm knows."""
     tops = {key: config[key] for key in ("num_classes", "label_names") if key in config}
-    return _without_location(config["pretrained_cfg"]) | tops
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    return {key: value for key, value in _without_location(config["pretrained_cfg"]).items() if key in known} | tops
 
 
 def _has_location(cfg: dict[str, Any] | None) -> bool:
@@ -260,10 +286,7 @@ def _explain_missing_repos() -> None:
             return load(model_id, cache_dir=cache_dir)
         except (HTTPError, OSError) as error:
             repo, _, revision = model_id.partition("@")
-            try:
-                _fetch(repo, "config.json", revision or None, cache_dir)
-            except WeightsNotFoundError as explained:
-                error.add_note(str(explained))
+            error.add_note(str(_explained(error, repo, "config.json", revision or None, cache_dir)))
             raise
 
     timm.models._factory.load_model_config_from_hf = explaining

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from collections import Counter
 
+import accelerate.hooks
 import pytest
 import timm
 import timm.layers
@@ -148,6 +150,35 @@ def test_hooks_on_a_fused_layer_see_what_they_saw(name):
         each.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y.clone()))
         each(x)
     torch.testing.assert_close(*seen)
+
+
+def test_a_replaced_forward_of_a_fused_layer_is_called():
+    class Count(accelerate.hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    _, fused, x = built("resnet8_thin_gbn")
+    hooks = [
+        accelerate.hooks.add_hook_to_module(fused.get_submodule(name), Count())._hf_hook for name in ("bn1", "act1")
+    ]
+    fused(x)
+    assert [hook.calls for hook in hooks] == [1, 1]
+
+
+def test_hooks_on_all_modules_see_a_fused_model_as_it_was():
+    counts = []
+    model, fused, x = built("resnet8_thin_gbn")
+    for each in (model, fused):
+        counts.append(Counter())
+        with nn.modules.module.register_module_forward_hook(
+            lambda module, *_: counts[-1].update([type(module).__name__])
+        ):
+            each(x)
+    for name in ("GhostBatchNorm2d", "ReLU", "Conv2d", "Linear"):
+        assert counts[1][name] == counts[0][name] > 0
 
 
 def test_feature_extractors_find_the_same_nodes():

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +22,7 @@ from packaging.version import Version
 from safetensors.torch import save
 from small_run import CLASS_NAMES, finished_run, random_weights, small_recipe
 
+from gbnzoo import pretrained
 from gbnzoo.publish import publish
 from gbnzoo.recipe import load_recipe
 from gbnzoo.weights import WEIGHTS_FILE
@@ -632,8 +635,36 @@ def test_offline_the_cache_serves_and_else_the_error_says_what_would_work(hub, c
 
 def test_what_timm_cannot_find_itself_is_explained_too(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    # From the client's own error: to ask the Hub again takes as long as its attempts together.
+    monkeypatch.setattr(pretrained, "hf_hub_download", lambda *arguments, **options: pytest.fail("asked again"))
     with pytest.raises(OSError) as caught:  # noqa: PT011, the client's own; the note is ours
         timm.create_model("hf-hub:gbnzoo/nothing@v1", pretrained=True, cache_dir=tmp_path)
     (note,) = caught.value.__notes__
     assert "hf-hub:gbnzoo/nothing@v1: HF_HUB_OFFLINE is set and the cache holds no copy" in note
     assert "- local-dir:FOLDER" in note
+
+
+def test_a_damaged_hub_folder_does_not_keep_the_package_from_being_imported(tmp_path):
+    def folder(name: str, text: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+
+    folder("mlp5_gbn.empty", "")
+    folder("mlp5_gbn.list", "[]")
+    folder("mlp5_gbn.merged", '<<<<<<< HEAD\n{"pretrained_cfg": {}}')
+    folder("resnet50_gbn.bare", '{"architecture": "resnet50"}')
+    folder("mlp5_gbn.newer", '{"num_classes": 7, "pretrained_cfg": {"tag": "newer", "of_a_later_timm": 1}}')
+    code = """if True:
+        import warnings, timm
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import gbnzoo
+        print(*sorted(str(warning.message) for warning in caught if "is left out" in str(warning.message)), sep="\\n")
+        print(timm.models.get_pretrained_cfg("mlp5_gbn.newer").num_classes)
+    """
+    environment = os.environ | {"GBNZOO_HUB": str(tmp_path)}
+    lines = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).splitlines()
+    assert lines.pop() == "7"
+    names = ["mlp5_gbn.empty", "mlp5_gbn.list", "mlp5_gbn.merged", "resnet50_gbn.bare"]
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"{tmp_path / name / 'config.json'} is left out, as timm does not write such a file: ")

@@ -326,6 +326,16 @@ def test_second_derivatives(kernel, fusion):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_gradient_of_a_residual_alone_can_be_differentiated_again(kernel, relu):
+    x, residual = torch.randn(10, 3, 4, 4), torch.randn(10, 3, 4, 4, requires_grad=True)
+    y, *_ = kernel(x, torch.ones(3), torch.zeros(3), GHOST, 1e-5, residual, relu)
+    (gradient,) = torch.autograd.grad(y.square().sum(), residual, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), residual)
+    torch.testing.assert_close(gradient, 2 * y)
+    torch.testing.assert_close(second, 2.0 * (y > 0) if relu else torch.full_like(y, 2))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_compiles_without_a_graph_break(kernel, fusion, dynamic):
@@ -612,14 +622,28 @@ def test_the_order_is_that_of_numpy(samples, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["triton", "CUDA"])
-def test_without_triton_or_a_gpu_there_are_no_gpu_kernels(missing):
+def test_without_triton_or_torch_for_cuda_there_are_no_gpu_kernels(missing):
     code = f"""if True:
         import importlib.util, torch
         find_spec = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
-        torch.cuda.is_available = lambda: {missing == "triton"}
+        if {missing == "triton"}:
+            importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+        if {missing == "CUDA"}:
+            torch.version.cuda = None
         from gbnzoo import kernels
         assert not hasattr(kernels, "gpu")
         print(kernels.pick(torch.empty(8, 3, device="meta"), 4))
     """
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "None\n"
+
+
+def test_to_import_the_package_leaves_the_gpu_alone():
+    # Processes forked from one that has asked for it cannot use it, such as those of accelerate's notebook_launcher.
+    code = """if True:
+        import torch
+        def refuse(*arguments): raise AssertionError("asked for a GPU")
+        torch._C._cuda_getDeviceCount = torch._C._cuda_init = torch.cuda.device_count = refuse
+        import gbnzoo
+        print(gbnzoo.kernels._DTYPES.keys())
+    """
+    assert "cpu" in subprocess.check_output([sys.executable, "-c", code], text=True)

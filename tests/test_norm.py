@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +16,7 @@ from gbnzoo.norm import (
     GhostBatchNormAct2d,
     convert_ghost_batchnorm,
     gathered_running_statistics,
+    recalibrate,
     shard_running_statistics,
 )
 
@@ -293,6 +294,13 @@ def test_a_layer_called_by_itself_after_its_model_counts_anew():
     torch.testing.assert_close(model[0](x), twin(x))
 
 
+def test_after_an_error_the_parts_of_a_model_count_anew():
+    model = convert_ghost_batchnorm(nn.Sequential(nn.BatchNorm1d(CHANNELS), nn.Linear(CHANNELS + 1, 2)), 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(8, CHANNELS))
+    assert model[0](torch.randn(9, CHANNELS)).shape == (9, CHANNELS)
+
+
 def test_rows_that_belong_to_no_sample_are_refused():
     model = nn.Sequential(nn.Unflatten(0, (4, 2)), nn.Flatten(1), nn.BatchNorm1d(2 * CHANNELS))
     convert_ghost_batchnorm(model, 2)
@@ -390,6 +398,49 @@ def test_split_statistics_are_not_mistaken_for_whole_ones():
         shard_running_statistics(model, rank=1, world_size=2)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         shard_running_statistics(nn.Sequential(GhostBatchNorm2d(CHANNELS, ghost_batch_size=GHOST)), 2, 2)
+
+
+def test_a_split_model_is_frozen_only_with_whole_statistics():
+    processes = [nn.Sequential(GhostBatchNorm2d(CHANNELS, ghost_batch_size=GHOST)) for _ in range(2)]
+    for rank, process in enumerate(processes):
+        shard_running_statistics(process, rank, 2)
+        process(batch(8, (3, 2), torch.float32))
+    with pytest.raises(RuntimeError, match="inside gathered_running_statistics"):
+        freeze_batch_norm_2d(processes[1])
+    with gathered(processes):
+        variances = [freeze_batch_norm_2d(process)[0].running_var for process in processes]
+    assert torch.equal(*variances)
+    assert variances[1].min() > 0
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("ghost_batch_size", [None, GHOST])
+@pytest.mark.parametrize("missing", [["num_batches_tracked"], ["running_mean", "running_var"]])
+def test_buffers_that_somebody_took_away_are_not_missed(missing, ghost_batch_size, kernel):
+    layer, twin = pair(
+        GhostBatchNorm1d, nn.BatchNorm1d, ghost_batch_size, dtype=torch.float32 if kernel else torch.float64
+    )
+    twin.ghost_rows = twin.ghost_rows or 8
+    for name in missing:
+        setattr(layer, name, None)
+        setattr(twin.norm, name, None)
+    x = batch(8, (), layer.weight.dtype)
+    torch.testing.assert_close(layer(x), twin(x))
+    torch.testing.assert_close(layer.state_dict(), twin.norm.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"), [([], ValueError), ([torch.ones(8, CHANNELS), torch.ones(8, 1)], RuntimeError)]
+)
+def test_recalibration_that_fails_leaves_the_statistics_as_they_were(batches, error):
+    layer = GhostBatchNorm1d(CHANNELS, ghost_batch_size=GHOST)
+    layer(batch(8, (), torch.float32))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(error):
+        recalibrate(layer, iter(batches))
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    assert layer.training
+    assert layer.momentum == 0.1
 
 
 def test_resetting_split_statistics_starts_the_sum_anew():

@@ -19,6 +19,7 @@ from gbnzoo.norm import (
     GhostBatchNorm1d,
     GhostBatchNorm2d,
     GhostBatchNormAct2d,
+    revert_ghost_batchnorm,
     shard_running_statistics,
 )
 
@@ -344,6 +345,12 @@ def test_frozen_layers_remember_their_ghosts():
     assert (type(thawed.bn1), type(thawed.bn2)) == (GhostBatchNorm2d, GhostBatchNormAct2d)
     assert thawed.bn1.ghost_batch_size == thawed.bn2.ghost_batch_size == GHOST
     assert_trains_as(thawed, twin_of(thawed), images(), **TOLERANCE)
+
+
+def test_a_frozen_model_that_is_reverted_thaws_without_ghosts():
+    frozen = timm.utils.freeze_batch_norm_2d(ghost_net())
+    thawed = timm.utils.unfreeze_batch_norm_2d(revert_ghost_batchnorm(frozen))
+    assert (type(thawed.bn1), type(thawed.bn2)) == (nn.BatchNorm2d, BatchNormAct2d)
 
 
 def test_freezing_by_name_remembers_too():

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from gbnzoo import revert_ghost_batchnorm
+from gbnzoo import convert_ghost_batchnorm, revert_ghost_batchnorm
 from gbnzoo.models import variants
 from gbnzoo.norm import _GhostBatchNorm, become_ghosts, count_samples
 
@@ -379,8 +379,12 @@ def test_reparameterized_twins_are_reparameterized_originals(name):
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
 @pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
 @pytest.mark.parametrize("way", ["forward_features", "forward_intermediates", "extractor"])
-def test_ghosts_are_samples_whichever_way_a_model_is_entered(name, way):
-    twin = timm.create_model(f"{name}_gbn", ghost_batch_size=GHOST)
+@pytest.mark.parametrize("converted", [False, True], ids=["twin", "converted"])
+def test_ghosts_are_samples_whichever_way_a_model_is_entered(name, way, converted):
+    if converted:
+        twin = convert_ghost_batchnorm(timm.create_model(name), GHOST)
+    else:
+        twin = timm.create_model(f"{name}_gbn", ghost_batch_size=GHOST)
     last = "head.linear" if name == "levit_128s" else "head"
     enter = create_feature_extractor(twin, [last]) if way == "extractor" else getattr(twin, way)
     checked = set()
@@ -399,7 +403,8 @@ def test_ghosts_are_samples_whichever_way_a_model_is_entered(name, way):
 def test_a_module_that_folds_samples_compiles_without_graph_breaks():
     module = LinearNorm(3, 4)
     become_ghosts(module, GHOST)
-    module.register_forward_pre_hook(count_samples)
+    become_ghosts(module, GHOST)
+    assert [*module._forward_pre_hooks.values()] == [count_samples]
     eager = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for samples in (4, 5):

@@ -17,7 +17,8 @@ from gbnzoo.kernels import cpu, crops, order
 
 _ARE_ON = os.environ.get("GBNZOO_KERNELS") != "0"
 _DTYPES = {"cpu": cpu.DTYPES}
-if torch.version.cuda and importlib.util.find_spec("triton") and torch.cuda.is_available():
+# Whether there is a GPU is not asked: torch begins to use it then, and who forks later cannot.
+if torch.version.cuda and importlib.util.find_spec("triton"):
     from gbnzoo.kernels import gpu
 
     _DTYPES["cuda"] = gpu.DTYPES

@@ -267,7 +267,7 @@ def _differentiable_backward(ctx, dy: Tensor) -> list[Tensor | None]:
         dy = dy * ((normalized if y is None else y) > 0)
     inputs = {"x": x, "weight": weight, "bias": bias}
     wanted = {name: tensor for name, tensor in inputs.items() if tensor is not None and tensor.requires_grad}
-    gradients = torch.autograd.grad(normalized, wanted.values(), dy, create_graph=True)
+    gradients = torch.autograd.grad(normalized, wanted.values(), dy, create_graph=True) if wanted else ()
     gradients = dict(zip(wanted, gradients, strict=True), residual=dy if ctx.has_residual else None)
     return [gradients.get(name) for name in ("x", "residual", "weight", "bias")]
 

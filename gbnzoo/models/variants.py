@@ -18,15 +18,11 @@ from timm.models import (
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models.efficientvit_msra import LocalWindowAttention
-from timm.models.levit import LinearNorm
 from torch import nn
 
-from gbnzoo.norm import become_ghosts, count_samples
+from gbnzoo.norm import FOLDING_MODULES, become_ghosts
 from gbnzoo.pretrained import register_model
 
-# They fold tokens and windows into dim 0, each sample's rows together; in all others dim 0 is the samples.
-FOLDING_MODULES = (LinearNorm, LocalWindowAttention)
 for _folding_module in FOLDING_MODULES:
     register_notrace_module(_folding_module)
 
@@ -73,9 +69,6 @@ def _register_twin(original: str) -> None:
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         model = build(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
         become_ghosts(model, ghost_batch_size)
-        for module in model.modules():
-            if isinstance(module, FOLDING_MODULES):
-                module.register_forward_pre_hook(count_samples)
         return model
 
     twin.__name__ = twin.__qualname__ = name
