@@ -590,9 +590,11 @@ def _results(
             f" {dataset.title} ({config['gbn']['scored_samples']} images). It is the accuracy of the last update, not the"
             " best of any.",
             "The ladder of this network and data set, over all seeds in `results.csv`; every rung adds one cure to the one"
-            " above it:",
+            " above it:"
+            if len({rung.rung for rung in ladder}) > 1
+            else "Over all seeds in `results.csv`:",
             ladder_table(ladder),
-            f"Measure it again: `python evaluate.py hub/{recipe.name} --data {recipe.data.name}`",
+            f"Measure it again, in a checkout of gbnzoo: `python evaluate.py hub/{recipe.name} --data {recipe.data.name}`",
         )
     )
 
@@ -617,8 +619,8 @@ best = probabilities.argmax().item()
 print(model.pretrained_cfg["label_names"][best], f"{{probabilities[best]:.1%}}")
 ```
 
-With gbnzoo the name is enough. The weights are then the checkout's, else the Hub's, and are looked at before they are loaded;
-`ghost_batch_size` is for training on:
+With gbnzoo, which `pip install .` in a checkout installs, the name is enough. The weights are then the checkout's, else the
+Hub's, and are looked at before they are loaded; `ghost_batch_size` is for training on:
 
 ```python
 import gbnzoo

@@ -63,6 +63,7 @@ DARK = Theme(
     ramp=(0.25, 1.0),
 )
 WIDTH, HEIGHT, DPI = 4.8, 3.3, 200  # inches, dots an inch
+LEGEND_ROW, LEGEND_LETTERS = 0.17, 7.5  # inches, points
 
 
 @dataclass(frozen=True)
@@ -567,7 +568,7 @@ def ladder_chart(rows: Sequence[LadderRow], *, width: float = WIDTH, name: str =
             "orange: the paper" if has_paper else "",
         )
         title = f"{rows[0].ladder}\n{', '.join(filter(None, marks))}; numbers: top-1"
-        axes.set_title(title, loc="left", fontsize=8, color=theme.ink)
+        axes.set_title(title, loc="left", fontsize=8, color=theme.ink, wrap=True)
         return figure
 
     told = (
@@ -719,7 +720,7 @@ def _figure(theme: Theme, height: float, legend_entries: int, width: float = WID
     # Here, so that what only wants the table need not wait a second for it.
     from matplotlib.figure import Figure
 
-    height += 0.17 * math.ceil(legend_entries / 2)
+    height += LEGEND_ROW * math.ceil(legend_entries / 2)
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=theme.background)
 
 
@@ -737,11 +738,23 @@ def _plain(axes: "Axes", theme: Theme, x_grid: bool = True) -> None:
 
 
 def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
+    """Below the axes, in as many columns as there is room for; `_figure` has left that of two."""
     handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        columns = 2 if max(map(len, labels)) > 16 else 3
-        style = {"fontsize": 7.5, "labelcolor": theme.ink, "frameon": False, "handlelength": 3}
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+    if not labels:
+        return
+
+    def add(columns: int, letters: float = LEGEND_LETTERS) -> float:
+        """Its width over the figure's."""
+        style = {"fontsize": letters, "labelcolor": theme.ink, "frameon": False, "handlelength": 3}
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+        return legend.get_window_extent().width / figure.bbox.width
+
+    if add(2 if max(map(len, labels)) > 16 else 3) > 1:
+        figure.legends.clear()
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (len(labels) // 2))
+        if (width := add(1)) > 1:
+            figure.legends.clear()
+            add(1, 0.95 * LEGEND_LETTERS / width)  # letters come in sizes of whole dots
 
 
 def _styles(theme: Theme) -> Iterator[dict[str, Any]]:

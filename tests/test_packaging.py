@@ -99,11 +99,11 @@ def archives(tmp_path_factory) -> tuple[set[str], Path]:
 def test_archives_hold_code_recipes_and_lists_but_no_weights(archives):
     source, wheel = archives[0], set(zipfile.ZipFile(archives[1]).namelist())
     code = {f.relative_to(ROOT).as_posix() for f in (ROOT / "gbnzoo").rglob("*.py")}
-    recipes = {f.relative_to(ROOT).as_posix() for f in (ROOT / "recipes").rglob("*.yaml")}
+    recipes = {f.relative_to(ROOT).as_posix() for f in (ROOT / "recipes").rglob("*.*")}
     kernels = {f"gbnzoo/kernels/{name}" for name in cpu._SOURCES}
     assert code | kernels | {"gbnzoo/models/batchnorm_models.csv", "gbnzoo/page.html"} <= source & wheel
     assert recipes | {"evaluate.py", "tests/conftest.py", "LICENSE"} <= source
-    assert {f"gbnzoo/{name}" for name in recipes | {"recipes/hoffer2017_table1.csv"}} <= wheel
+    assert {f"gbnzoo/{name}" for name in recipes} <= wheel
     assert not [name for name in source | wheel if name.endswith((".safetensors", ".so", ".png"))]
     assert not [name for name in wheel if name.startswith(("tests", "hub", "recipes"))]
 

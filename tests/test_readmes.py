@@ -13,6 +13,8 @@ from gbnzoo.recipe import load_recipe, shipped_recipes
 
 ROOT = HUB.parent
 RESULTS = read_results(HUB / "results.csv")
+if not RESULTS:
+    pytest.skip("no hub/results.csv, as in a source archive", allow_module_level=True)
 WRITE = "`gbnzoo report --results hub/results.csv --readmes .` writes it again"
 
 
@@ -46,7 +48,10 @@ def table(text, ladder):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
 
 
-@pytest.mark.parametrize("folder", [".", "benchmarks", "hub", "recipes", "recipes/cifar10", "recipes/mnist", "tests"])
+PAGES = [".", "benchmarks", "hub", "recipes", "recipes/cifar10", "recipes/cifar100", "recipes/mnist", "tests"]
+
+
+@pytest.mark.parametrize("folder", PAGES)
 def test_what_a_page_links_to_in_this_checkout_is_there(folder):
     for page in (ROOT / folder).glob("*.md"):
         targets = re.findall(r"\]\(([^)#:\s]+)[)#]", page.read_text(encoding="utf-8"))

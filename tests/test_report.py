@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from logged_run import BASE, logged_run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_run import finished_run
 from test_card import HUB
 
@@ -23,6 +24,7 @@ from gbnzoo.charts import (
     distance_chart,
     fit_runs,
     ghost_chart,
+    ladder_chart,
     layer_charts,
 )
 from gbnzoo.records import read_record
@@ -340,6 +342,26 @@ def test_any_two_of_many_series_look_different():
     # Of the first 28, those of one colour differ in line and in marker, so that dots alone tell them too.
     first = [(style["color"], style["linestyle"], style["marker"]) for style in itertools.islice(_styles(LIGHT), 28)]
     assert len({(colour, line) for colour, line, _ in first}) == len({(colour, dot) for colour, _, dot in first}) == 28
+
+
+@pytest.mark.parametrize("letters", [1, 20, 40, 80])
+def test_a_legend_lies_inside_its_picture_however_long_its_names(tmp_path, letters):
+    runs = [logged_run(tmp_path, log_t, rung="sb", seed=k, tag=f"{k}{'x' * letters}") for k in range(5)]
+    figure = curve_charts(read_runs(runs))[0].draw(LIGHT)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 5
+    for corner in legend.get_window_extent().corners():
+        assert figure.bbox.contains(*corner)
+    assert legend.get_window_extent().y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
+
+
+def test_a_ladders_title_lies_inside_its_picture():
+    ladders = [ladder for ladder in find_ladders(read_results(HUB / "results.csv")) if len(ladder) > 2]
+    for ladder in ladders:
+        figure = ladder_chart(ladder).draw(LIGHT)
+        FigureCanvasAgg(figure).draw()
+        assert figure.bbox.contains(*figure.axes[0]._left_title.get_window_extent().max)
 
 
 def test_a_picture_of_256_colours_is_the_drawing(tmp_path):
