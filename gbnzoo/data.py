@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # images, labels, class names
 SPLITS = ("train", "validation", "test")
+SPLIT_FOLDERS = {  # of an imagefolder; named as `datasets` knows them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -324,9 +329,7 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
     where, commit = f"{name} {split}", None
     if folder or name == "imagefolder":
         folder = source_folder(name, spec, folder)
-        fingerprint = fingerprint_of(folder)
-        kind, cure = "imagefolder" if name == "imagefolder" else "parquet", "the files may be broken"
-        load = functools.partial(load_tables, name, kind, data_dir=str(folder), cure=cure)
+        fingerprint, load = fingerprint_of(folder), functools.partial(load_folder, name, folder)
     else:
         commit, cure = commit_on_hub(spec.hub_id), "its parquet files can be given by --data-dir or GBNZOO_DATA"
         load = functools.cache(functools.partial(load_tables, name, spec.hub_id, revision=commit, cure=cure))
@@ -394,7 +397,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def fingerprint_of(folder: Path) -> list[tuple[str, int, int]]:
     """What tells whether any file in a folder has changed."""
-    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    walked = os.walk(folder.resolve(), followlinks=True)
+    files = sorted(path for root, _, names in walked for path in map(Path(root).joinpath, names) if path.is_file())
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -424,6 +428,66 @@ def source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
         f"{name}: no parquet files in {folder / name} or {folder}; wanted train-*.parquet and test-*.parquet in the folder"
         f" given as --data-dir or GBNZOO_DATA, or neither of these, to load {spec.hub_id} from the Hub"
     )
+
+
+def load_folder(name: str, folder: Path, **options: Any) -> "Mapping[str, datasets.Dataset | datasets.IterableDataset]":
+    """The splits of parquet files, loaded with these options of `datasets`, or of an `imagefolder`.
+
+    Raises:
+        OSError: if they cannot be loaded.
+    """
+    if name == "imagefolder":
+        return _load_image_folder(folder)
+    if unfit := set("*?[]").intersection(str(folder)):
+        raise OSError(
+            f"{name}: {folder}: `datasets` takes {' '.join(sorted(unfit))} in a path for a pattern; wanted another name"
+        )
+    return load_tables(name, "parquet", data_dir=str(folder), cure="the files may be broken", **options)
+
+
+def _load_image_folder(folder: Path) -> "dict[str, datasets.Dataset]":
+    """The splits of `<split>/<class>/`, each with the images under it in the order of their paths.
+
+    As torchvision reads it: links are followed, and a class may have any name, where `datasets` takes `test/train/` for part
+    of both. Classes are those of all splits together. Where no folder is named like a split, all are classes of "train".
+
+    Raises:
+        FileNotFoundError: if there are not two classes with images.
+    """
+    from datasets import ClassLabel, Dataset, Image
+    from torchvision.datasets.folder import make_dataset
+
+    endings = tuple(ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(endings) and not os.path.basename(path).startswith(".")
+
+    def samples(root: Path) -> Iterator[tuple[str, str]]:
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if entry.is_dir() and not entry.name.startswith("."):
+                made = make_dataset(str(root), {entry.name: 0}, is_valid_file=is_image, allow_empty=True)
+                yield from ((path, entry.name) for path, _ in made)
+
+    roots = {
+        split: [folder / name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()
+    }
+    if not any(roots.values()):
+        roots = {"train": [folder]}
+    found = {split: [sample for root in each for sample in samples(root)] for split, each in roots.items()}
+    class_names = sorted({name for each in found.values() for _, name in each})
+    if len(class_names) < 2:
+        raise FileNotFoundError(
+            f"imagefolder: {folder} holds images of {' and '.join(class_names) or 'no class'}, wanted train/<class>/ and"
+            " test/<class>/ or val/<class>/, with two classes at least"
+        )
+    numbers = {name: k for k, name in enumerate(class_names)}
+    return {
+        split: Dataset.from_dict({"image": [path for path, _ in each], "label": [numbers[name] for _, name in each]})
+        .cast_column("image", Image())
+        .cast_column("label", ClassLabel(names=class_names))
+        for split, each in found.items()
+        if each
+    }
 
 
 def load_tables(
@@ -477,7 +541,10 @@ def find_column(table: "datasets.Dataset", kind: str, wanted: str | None, key: s
     fitting = [column for column, found in kinds.items() if found == kind and wanted in (None, column)]
     if len(fitting) != 1:
         found = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
-        raise ValueError(f"{key}: wanted {wanted or 'one column'} ({kind}), found {found}")
+        raise ValueError(
+            f"{key}: wanted {wanted or 'one column'} ({kind}), found {found}; {kind} is a feature that files have which"
+            " `datasets` wrote"
+        )
     return fitting[0]
 
 
@@ -546,6 +613,8 @@ def in_mode(image: PIL.Image.Image, spec: DatasetSpec, i: int, where: str) -> PI
         ValueError: if it has another and may not be converted.
     """
     if spec.converts_images:
+        if image.mode.startswith("I;16"):  # which PIL would clip at 255
+            image = PIL.Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         return image.convert(spec.image_mode)
     if image.mode != spec.image_mode:
         raise ValueError(f"{where}: image {i} has mode {image.mode}, wanted {spec.image_mode}; data.name may be wrong")

@@ -39,6 +39,7 @@ from gbnzoo.data import (
     in_mode,
     kept_of_source,
     keyed_bits,
+    load_folder,
     load_tables,
     one_at_a_time,
     open_image,
@@ -321,12 +322,12 @@ def open_images(data: Data, split: str, *, data_dir: str | Path | None = None) -
 def _open_table(name: str, spec: DatasetSpec, split: str, folder: Path | None) -> "datasets.Dataset":
     if folder or name == "imagefolder":
         folder = source_folder(name, spec, folder)
+        load = functools.partial(load_folder, name, folder)
         if name == "imagefolder":
-            tables = load_tables(name, name, data_dir=str(folder), cure="the files may be broken")
+            tables = load()
             check_split(name, split, tables)
             return tables[split]
         of = repr(fingerprint_of(folder))
-        load = functools.partial(load_tables, name, "parquet", data_dir=str(folder), cure="the files may be broken")
     else:
         of = spec.hub_id
         cure = (

@@ -538,6 +538,71 @@ def test_images_of_several_sizes_need_an_image_size(image_folder):
         load_images("imagefolder", "train", data_dir=image_folder)
 
 
+def grey_images(folder, **counts):
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for k in range(count):
+            PIL.Image.new("L", (8, 8), 20 * k).save(folder / name / f"{k}.png")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for split in ("train", "test"):
+        grey_images(tmp_path / split, bus=2, train=3, covid_test=1)
+    for split in ("train", "test"):
+        images = load_images("imagefolder", split, data_dir=tmp_path)
+        assert images.class_names == ("bus", "covid_test", "train")
+        assert images.labels.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path):
+    grey_images(tmp_path / "elsewhere", cat=3, fox=1)
+    grey_images(tmp_path / "images" / "train", dog=2)
+    (tmp_path / "images" / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "images" / "train" / "dog" / "2.png").symlink_to(tmp_path / "elsewhere" / "fox" / "0.png")
+    (tmp_path / "images" / "val").symlink_to(tmp_path / "elsewhere")
+    assert load_images("imagefolder", "train", data_dir=tmp_path / "images").labels.tolist() == [0, 0, 0, 1, 1, 1]
+    validation = load_images("imagefolder", "validation", data_dir=tmp_path / "images")
+    assert validation.class_names == ("cat", "dog", "fox")
+    assert validation.labels.tolist() == [0, 0, 0, 2]
+    # What a link leads to is part of what the cached copy is known by.
+    PIL.Image.new("L", (8, 8), 255).save(tmp_path / "elsewhere" / "cat" / "2.png")
+    assert load_images("imagefolder", "train", data_dir=tmp_path / "images").images[2].min() == 255
+
+
+def test_an_image_folder_without_splits_is_all_for_training(tmp_path):
+    grey_images(tmp_path, cat=2, dog=1)
+    grey_images(tmp_path / "cat", kittens=1)  # below a class all are of that class
+    (tmp_path / "cat" / "notes.txt").touch()
+    (tmp_path / "cat" / "._0.png").touch()
+    grey_images(tmp_path, **{".thumbnails": 2})
+    assert load_images("imagefolder", "train", data_dir=tmp_path).labels.tolist() == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match="imagefolder has no split 'test', only train"):
+        load_images("imagefolder", "test", data_dir=tmp_path)
+
+
+def test_an_image_folder_of_one_class_is_refused(tmp_path):
+    grey_images(tmp_path / "train", cat=2, dog=0)
+    with pytest.raises(FileNotFoundError, match=r"holds images of cat, wanted train/<class>/ .* two classes at least"):
+        load_images("imagefolder", "train", data_dir=tmp_path)
+
+
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    grey_images(tmp_path / "train", cat=1)
+    (tmp_path / "train" / "deep").mkdir()
+    deep = np.array([[0, 257, 25_700, 65_535]] * 8, np.uint16).repeat(2, axis=1)
+    PIL.Image.fromarray(deep).save(tmp_path / "train" / "deep" / "0.png")
+    images = load_images("imagefolder", "train", data_dir=tmp_path).images
+    assert images[1, 0, :, 0].tolist() == [0, 0, 1, 1, 100, 100, 255, 255]
+
+
+def test_a_path_that_datasets_takes_for_a_pattern_is_refused(image_parquet):
+    folder = image_parquet().rename(image_parquet().parent / "images [1]")
+    with pytest.raises(
+        OSError, match=r"images \[1\].*: `datasets` takes \[ \] in a path for a pattern; wanted another name"
+    ):
+        load_images("cifar10", "train", data_dir=folder)
+
+
 @pytest.mark.parametrize("data_dir", [None, "nowhere"])
 def test_image_folder_must_exist(data_dir):
     with pytest.raises(
