@@ -454,7 +454,7 @@ def _load_image_folder(folder: Path) -> "dict[str, datasets.Dataset]":
     Raises:
         FileNotFoundError: if there are not two classes with images.
     """
-    from datasets import ClassLabel, Dataset, Image
+    from datasets import ClassLabel, Dataset, Features, Image
     from torchvision.datasets.folder import make_dataset
 
     endings = tuple(ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
@@ -480,11 +480,9 @@ def _load_image_folder(folder: Path) -> "dict[str, datasets.Dataset]":
             f"imagefolder: {folder} holds images of {' and '.join(class_names) or 'no class'}, wanted train/<class>/ and"
             " test/<class>/ or val/<class>/, with two classes at least"
         )
-    numbers = {name: k for k, name in enumerate(class_names)}
+    features = Features(image=Image(), label=ClassLabel(names=class_names))
     return {
-        split: Dataset.from_dict({"image": [path for path, _ in each], "label": [numbers[name] for _, name in each]})
-        .cast_column("image", Image())
-        .cast_column("label", ClassLabel(names=class_names))
+        split: Dataset.from_dict({"image": [path for path, _ in each], "label": [name for _, name in each]}, features)
         for split, each in found.items()
         if each
     }

@@ -32,7 +32,7 @@ JOB_VARIABLE = "GBNZOO_JOB"
 
 
 class TerminatedError(RunError):
-    """SIGTERM came, and a checkpoint was written before the run ended."""
+    """SIGTERM or Ctrl-C came, and a checkpoint was written before the run ended."""
 
     def __init__(self, message: str, exit_code: int = 128 + signal.SIGTERM):
         super().__init__(message)
@@ -153,24 +153,34 @@ def on_first_process(work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def watching_for_stop() -> Iterator[Callable[[], bool]]:
-    """While it lasts SIGTERM ends nothing; the function given tells whether it came, or the launcher of this process died."""
+def watching_for_stop(sign: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """While it lasts a signal ends nothing; the function given tells whether it came, or the launcher of this process died.
+
+    A second Ctrl-C ends a process that nobody launched.
+    """
     # Accelerate starts a single process without torchrun, and passes no signal on to it.
     is_started_by_launcher = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", JOB_VARIABLE} & os.environ.keys()
     launcher = os.getppid() if is_started_by_launcher else None
-    terminated = threading.Event()
+    came = threading.Event()
+
+    def note(*_: object) -> None:
+        if sign == signal.SIGINT and not is_started_by_launcher:
+            if came.is_set():
+                raise KeyboardInterrupt
+            print("stopping with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        came.set()
 
     def is_asked_to_stop() -> bool:
-        return terminated.is_set() or (launcher is not None and os.getppid() != launcher)
+        return came.is_set() or (launcher is not None and os.getppid() != launcher)
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield is_asked_to_stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    before = signal.signal(sign, note)
     try:
         yield is_asked_to_stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(sign, before)
 
 
 @contextlib.contextmanager
@@ -212,7 +222,8 @@ def _leave_process_group() -> None:
 def plain_errors() -> Iterator[None]:
     """For command lines: what a user can mend is one message and an exit code, not a traceback.
 
-    The exit code is 2, and after SIGTERM 143. What all processes of a machine have found is said by the first of them.
+    The exit code is 2, after SIGTERM 143, after Ctrl-C 130. What all processes of a machine have found is said by the first
+    of them.
     """
     try:
         yield

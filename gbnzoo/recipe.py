@@ -6,11 +6,21 @@ key, what was wanted and what would fix it.
 
 import difflib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -34,7 +44,7 @@ class _Section(BaseModel):
 def _not_among_args(**owners: str) -> Any:
     """A validator that refuses, in a section's `args`, what is given elsewhere."""
 
-    def refuse(args: dict[str, Scalar]) -> dict[str, Scalar]:
+    def refuse(args: dict[str, Argument]) -> dict[str, Argument]:
         for key in args.keys() & owners:
             raise ValueError(f"{key} is not given here; wanted {owners[key]}")
         return args
@@ -42,11 +52,26 @@ def _not_among_args(**owners: str) -> Any:
     return field_validator("args")(refuse)
 
 
+def _argument(value: Any) -> Any:
+    if isinstance(value, list | tuple) and value and all(isinstance(each, Scalar) for each in value):
+        value = tuple(value)
+    elif not isinstance(value, Scalar):
+        raise ValueError(f"given {_shown(value)}, wanted a number, a text, true, false or a list of such")
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"given {_shown(value)}, wanted finite numbers")
+    return value
+
+
+Argument = Annotated[Any, AfterValidator(_argument)]
+"""Of somebody else's function: a number, a text, true, false, or a tuple of such."""
+
+
 class Model(_Section):
     """A registered timm architecture and keyword arguments for its entry point."""
 
     name: str
-    args: dict[str, Scalar] = {}
+    args: dict[str, Argument] = {}
 
     _args_of_others = _not_among_args(
         ghost_batch_size="large.ghost_batch_size",
@@ -177,7 +202,7 @@ class Optimizer(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_norm_and_bias: bool = True
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    args: dict[str, Scalar] = {}
+    args: dict[str, Argument] = {}
 
     _args_of_others = _not_among_args(
         lr="base.lr",

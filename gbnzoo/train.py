@@ -10,6 +10,7 @@ Dropout and drop path alone have no key for each sample: their masks are fixed b
 them can be repeated and resumed on its layout, and is another draw on any other.
 """
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,11 +81,11 @@ def train(
         ValueError: if data, recipe, layout and number of processes do not fit together.
         RunError: if the folder cannot be used or a checkpoint not be written.
         DivergedError: if the loss or a weight stops being finite.
-        TerminatedError: on SIGTERM, when a checkpoint has been written.
+        TerminatedError: on SIGTERM or Ctrl-C, when a checkpoint has been written.
         LostProcessError: if another process is gone.
     """
     keep_freed_memory()
-    with naming_lost_processes(), watching_for_stop() as is_asked_to_stop:
+    with naming_lost_processes(), watching_for_stop(signal.SIGTERM) as is_terminated:
         trainer = Trainer(
             recipe,
             data_dir=data_dir,
@@ -97,7 +98,11 @@ def train(
             compile_backend=compile_backend,
             cuda_graphs=cuda_graphs,
         )
-        with trainer.opened_run(resume), trainer.progress_bar(show_progress) as bar:
+        with (
+            trainer.opened_run(resume),
+            trainer.progress_bar(show_progress) as bar,
+            watching_for_stop(signal.SIGINT) as is_interrupted,
+        ):
             total_updates = trainer.regime.total_updates
             trainer.model.train()
             for update in range(trainer.first_update, total_updates):
@@ -113,7 +118,7 @@ def train(
                 done = update + 1
                 is_last = done == total_updates
                 if is_last or done in trainer.logged_updates or done >= trainer.next_poll:
-                    save_is_due, must_stop = trainer.agree(done, is_asked_to_stop())
+                    save_is_due, must_stop = trainer.agree(done, is_terminated() or is_interrupted())
                     if is_last and recipe.statistics == "recalibrated":
                         trainer.recalibrate()
                     if done in trainer.logged_updates:
@@ -121,8 +126,9 @@ def train(
                     if save_is_due or must_stop or is_last:
                         trainer.save(done)
                     if must_stop and not is_last:
+                        sign = signal.SIGINT if is_interrupted() and not is_terminated() else signal.SIGTERM
                         raise TerminatedError(
-                            f"{trainer.folder}: stopped after update {done}; --resume goes on from there"
+                            f"{trainer.folder}: stopped after update {done}; --resume goes on from there", 128 + sign
                         )
     return trainer.folder
 
@@ -167,7 +173,8 @@ def main(
 ) -> None:
     """Train a recipe. The result depends on recipe and seed alone, not on the machine.
 
-    Exit codes: 0 at the last update, 2 after an error that it names, 143 after SIGTERM, with a checkpoint for --resume.
+    Exit codes: 0 at the last update, 2 after an error that it names, 143 after SIGTERM and 130 after Ctrl-C, with a
+    checkpoint for --resume.
     """
     with plain_errors():
         settings = load_recipe(recipe, overrides or (), rung=rung, seed=seed)

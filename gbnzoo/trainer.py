@@ -54,6 +54,10 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 EVALUATION_BATCH_SIZE = 256
 POLL_SECONDS = 1.0
 _FUSED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+_UNFIT_OPTIMIZERS = {  # by how their names begin
+    "adahessian": "needs second derivatives, which training does not take",
+    "kron": "keeps lists of tensors for each parameter, which checkpoints do not hold",
+}
 
 
 class DivergedError(RunError):
@@ -112,7 +116,7 @@ class Trainer:
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
 
         self.parameters = list(self.bare_model.parameters())
-        self.optimizer = build_optimizer(recipe.optimizer, self.bare_model)
+        self.optimizer = build_optimizer(recipe.optimizer, self.bare_model, self.regime.lr)
         if self.layout.processes_per_ghost > 1:
             group, _ = torch.distributed.new_subgroups(
                 self.layout.processes_per_ghost, timeout=timedelta(seconds=timeout_seconds)
@@ -546,8 +550,11 @@ def check_recipe(recipe: Recipe) -> None:
     # A network may not be built without memory, and is then judged when it is built for training.
     with contextlib.suppress(RuntimeError), torch.device("meta"):
         _create(recipe, ghost_batch_size=recipe.large.ghost_batch_size)
+    for name, reason in _UNFIT_OPTIMIZERS.items():
+        if settings.name.removeprefix("lookahead_").startswith(name):
+            raise recipe.error(f"optimizer.name: given {settings.name!r}, which {reason}; wanted another")
     try:
-        build_optimizer(settings, nn.Linear(1, 1))
+        build_optimizer(settings, nn.Linear(1, 1), recipe.base.lr)
     except ValueError as error:
         if "not found in registry" not in str(error):
             raise recipe.error(f"optimizer: {settings.name} refuses what is given: {error}") from error
@@ -631,8 +638,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """One of timm's optimizers, in one pass over the parameters where torch has that; its rate is set at each update."""
+def build_optimizer(settings: Optimizer, model: nn.Module, lr: float = 0.0) -> torch.optim.Optimizer:
+    """One of timm's optimizers, in one pass over the parameters where torch has that.
+
+    Its rate is set at each update; `lr` is the highest of them, which some optimizers remember.
+    """
     # timm calls SGD with Nesterov's momentum "sgd", and without it "momentum".
     name = "momentum" if settings.name == "sgd" and not settings.nesterov else settings.name
 
@@ -640,7 +650,7 @@ def build_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimi
         return create_optimizer_v2(
             model,
             opt=name,
-            lr=0.0,
+            lr=lr,
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
             filter_bias_and_bn=not settings.decay_norm_and_bias,
@@ -659,9 +669,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict
     """Go on after so many updates with the state of each parameter, by its index, however it is laid out in memory.
 
     torch's fused optimizers on the CPU take it for laid out as the parameter is, and are silently wrong where it is not. Some
-    of timm's (Lamb, Adan) count updates in their groups and not in the state.
+    of timm's (Lamb, Adan, lookahead) count updates in their groups and not in the state.
     """
-    groups = [group | {"step": update} for group in optimizer.state_dict()["param_groups"]]
+    counts = {"step": update, "lookahead_step": update}
+    groups = [group | counts for group in optimizer.state_dict()["param_groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

@@ -106,6 +106,10 @@ def test_mistakes_are_answered_in_words(arguments, message):
             "model.args: given {'drop_rate': 5}, which the entry point of resnet8_thin_gbn ref",
         ),
         ("optimizer.name=sgdd", "optimizer.name: given 'sgdd', which timm does not know; did you mean sgd?"),
+        (
+            "optimizer.name=lookahead_kron",
+            "optimizer.name: given 'lookahead_kron', which keeps lists of tensors for each parameter",
+        ),
         ("optimizer.args={foo: 1}", "optimizer.args: given {'foo': 1}, which sgd refuses: "),
         ("data.augment=rotate", "data.augment: given 'rotate', wanted one of none, pad1_crop"),
         ("data.holdout=2000", "data.holdout 2000 of 1297 training images"),

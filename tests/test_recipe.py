@@ -52,8 +52,15 @@ def test_overrides_set_single_keys(recipe_file):
 
 def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
     recipe = load_recipe(
-        recipe_file, ["base.lr_decay=[0.1, 0.2, 10]", "model.args={drop_rate: 0.1}", "optimizer.weight_decay=3e-7"]
+        recipe_file,
+        [
+            "base.lr_decay=[0.1, 0.2, 10]",
+            "model.args={drop_rate: 0.1}",
+            "optimizer.weight_decay=3e-7",
+            "optimizer.args={betas: [0.9, 0.99], eps: 1e-7, amsgrad: true}",
+        ],
     )
+    assert recipe.optimizer.args["betas"] == (0.9, 0.99)
     (tmp_path / "recorded.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "recorded.yaml") == recipe
 
@@ -106,6 +113,11 @@ def test_what_a_run_records_reads_back_the_same(recipe_file, tmp_path):
         ("model.name=resnet44_gbn.cifar10_ra4096", "model.name: .* names weights, .* wanted 'resnet44_gbn'"),
         ("model.args={ghost_batch_size: 4}", "model.args: ghost_batch_size .* wanted large.ghost_batch_size"),
         ("model.args={num_classes: 4}", "model.args: num_classes is not given here; wanted data.num_classes"),
+        (
+            "optimizer.args={betas: [0.9, {a: 1}]}",
+            "optimizer.args.betas: given list .*, wanted a number, a text, true, false or",
+        ),
+        ("optimizer.args={eps: .nan}", "optimizer.args.eps: given nan, wanted finite numbers"),
         ("optimizer.args={lr: 3}", "optimizer.args: lr is not given here; wanted base.lr"),
         ("base.lr.x=1", "base.lr.x=1'?: .*lr is a value and has no keys below it"),
         ("base.lr", "wanted key=value with a dotted key"),

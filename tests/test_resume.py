@@ -269,18 +269,27 @@ def children(pid):
         return []
 
 
-def test_the_command_starts_the_processes_it_was_asked_for_and_ends_with_143_on_sigterm(tmp_path, whole):
-    process = start(command(tmp_path, 2))
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_starts_the_processes_it_was_asked_for_and_saves_when_it_is_stopped(
+    tmp_path, whole, processes, sign
+):
+    process = start(command(tmp_path, processes))
     try:
         wait_until(lambda: process.poll() is not None or has_rows(tmp_path, 1)())
-        process.terminate()
+        if sign == signal.SIGINT:
+            os.killpg(process.pid, sign)  # as a terminal does
+        else:
+            process.terminate()
         _, errors = process.communicate(timeout=120)
     finally:
         end(process)
-    assert process.returncode == 143, errors
+    assert process.returncode == 128 + sign, errors
+    assert "Traceback" not in errors
     run = Run(tmp_path / whole.folder.name)
     assert errors.count(f"error: {run.folder}: stopped after update {run.latest_checkpoint().update}; --resume") == 1
-    assert run.environments()[0]["processes"] == 2
+    assert errors.count("Ctrl-C again stops at once") == (processes == 1 and sign == signal.SIGINT)
+    assert run.environments()[0]["processes"] == processes
     run_together(1, train_digits, tmp_path)
     assert_same_end(run, whole)
 
@@ -289,11 +298,11 @@ def test_the_end_of_the_launcher_asks_a_process_to_stop(monkeypatch):
     for variable in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
         with monkeypatch.context() as launched:
             launched.setenv(variable, "no")
-            with watching_for_stop() as is_asked_to_stop:
+            with watching_for_stop(signal.SIGTERM) as is_asked_to_stop:
                 assert not is_asked_to_stop()
                 launched.setattr(os, "getppid", lambda: 1)
                 assert is_asked_to_stop()
-    with watching_for_stop() as is_asked_to_stop:
+    with watching_for_stop(signal.SIGTERM) as is_asked_to_stop:
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert not is_asked_to_stop()  # started by hand, it may outlive its shell
 

@@ -14,11 +14,12 @@ import pytest
 import timm
 import torch
 from processes import Together, run_together
+from timm.optim import list_optimizers
 from torch import nn
 
 from gbnzoo.models.cifar_resnet import CifarResNet
-from gbnzoo.recipe import load_recipe
-from gbnzoo.run import LOG_COLUMNS, TIMED_COLUMNS, Run, RunError
+from gbnzoo.recipe import RecipeError, load_recipe
+from gbnzoo.run import LOG_COLUMNS, TIMED_COLUMNS, Checkpoint, Run, RunError, _pack, _unpack
 from gbnzoo.train import train
 from gbnzoo.trainer import (
     DivergedError,
@@ -27,6 +28,7 @@ from gbnzoo.trainer import (
     _log_spaced,
     build_model,
     build_optimizer,
+    check_recipe,
     load_optimizer_state,
     load_sets,
 )
@@ -346,7 +348,7 @@ def test_sgd_is_the_papers_unless_nesterov_is_asked_for():
     assert [decays[id(p)] for p in model.parameters()] == [1e-4, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "adan"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "adan", "lookahead_sgd", "lookahead_lamb"])
 def test_updates_in_one_pass_are_torchs_own_before_and_after_a_checkpoint(name):
     """Against torch's loop over contiguous tensors; the checkpoint's tensors are contiguous, the parameters channels_last."""
     settings = load_recipe(DIGITS).optimizer.model_copy(update={"name": name})
@@ -358,8 +360,8 @@ def test_updates_in_one_pass_are_torchs_own_before_and_after_a_checkpoint(name):
     before = build_optimizer(settings.model_copy(update={"args": {"foreach": False}} if is_torchs else {}), plain)
     after = build_optimizer(settings, fast)
     assert after.defaults.get("fused") is (True if is_torchs else None)
-    for update in range(4):
-        if update == 2:
+    for update in range(10):
+        if update == 4:  # lookahead looks every 6
             state = {i: {k: v.clone() for k, v in s.items()} for i, s in before.state_dict()["state"].items()}
             after = build_optimizer(settings, fast)
             load_optimizer_state(after, state, update)
@@ -465,3 +467,31 @@ def test_an_update_never_makes_the_host_wait_for_the_gpu(tmp_path):
             trainer.optimizer.zero_grad()
         torch.cuda.set_sync_debug_mode("default")
     assert all(group["fused"] for group in trainer.optimizer.param_groups)
+
+
+def test_what_check_recipe_lets_pass_makes_updates_and_goes_on_from_a_checkpoint():
+    recipe, unfit = load_recipe(DIGITS), set()
+    names = [name for name in list_optimizers() if not name.startswith(("bnb", "fused"))]  # which want a GPU
+    for name in [*names, *(f"lookahead_{name}" for name in names)]:
+        chosen = recipe.optimizer.model_copy(update={"name": name, "weight_decay": 0.1})
+        try:
+            check_recipe(recipe.model_copy(update={"optimizer": chosen}))
+        except RecipeError:
+            unfit.add(name.removeprefix("lookahead_"))
+            continue
+        # A matrix, for which some optimizers keep its factors.
+        one, other = (torch.nn.Linear(3, 4) for _ in range(2))
+        other.load_state_dict(one.state_dict())
+        optimizers = [build_optimizer(chosen, model, 0.01) for model in (one, other)]
+        for update in range(3):
+            if update == 2:
+                checkpoint = Checkpoint(update, 3, {}, optimizers[1].state_dict()["state"], {})
+                optimizers[1] = build_optimizer(chosen, other, 0.01)
+                load_optimizer_state(optimizers[1], _unpack(_pack(checkpoint)).optimizer, update)
+            for model, optimizer in zip((one, other), optimizers, strict=True):
+                torch.manual_seed(update)
+                for parameter in model.parameters():
+                    parameter.grad = torch.randn(parameter.shape)
+                optimizer.step()
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), msg=lambda text, name=name: f"{name}: {text}")
+    assert unfit == {name for name in names if name.startswith(("adahessian", "kron"))}
