@@ -611,7 +611,10 @@ def in_mode(image: PIL.Image.Image, spec: DatasetSpec, i: int, where: str) -> PI
         ValueError: if it has another and may not be converted.
     """
     if spec.converts_images:
-        if image.mode.startswith("I;16"):  # which PIL would clip at 255
+        if image.mode.startswith("I;16") or (image.mode, image.format) == (
+            "I",
+            "PNG",
+        ):  # 16 bits, which PIL would clip at 255
             image = PIL.Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         return image.convert(spec.image_mode)
     if image.mode != spec.image_mode:

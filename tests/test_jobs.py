@@ -97,7 +97,7 @@ def test_a_signal_is_passed_on_and_no_other_is_begun(sign, tmp_path):
 
 def test_a_job_stops_when_what_began_it_is_gone(monkeypatch):
     monkeypatch.setenv(JOB_VARIABLE, "1")
-    with watching_for_stop() as is_asked_to_stop:
+    with watching_for_stop(signal.SIGTERM) as is_asked_to_stop:
         assert not is_asked_to_stop()
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert is_asked_to_stop()

@@ -300,10 +300,10 @@ def test_the_end_of_the_launcher_asks_a_process_to_stop(monkeypatch):
             launched.setenv(variable, "no")
             with watching_for_stop(signal.SIGTERM) as is_asked_to_stop:
                 assert not is_asked_to_stop()
-                launched.setattr(os, "getppid", lambda: 1)
+                launched.setattr(os, "getppid", lambda: 0)
                 assert is_asked_to_stop()
     with watching_for_stop(signal.SIGTERM) as is_asked_to_stop:
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: 0)
         assert not is_asked_to_stop()  # started by hand, it may outlive its shell
 
 
