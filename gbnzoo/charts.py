@@ -743,18 +743,18 @@ def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
     if not labels:
         return
 
-    def add(columns: int, letters: float = LEGEND_LETTERS) -> float:
-        """Its width over the figure's."""
+    longest, rows_left = max(map(len, labels)), math.ceil(len(labels) / 2)
+    letters, height = LEGEND_LETTERS, figure.get_figheight()
+    for columns in itertools.chain((2 if longest > 16 else 3, 2), itertools.repeat(1)):
         style = {"fontsize": letters, "labelcolor": theme.ink, "frameon": False, "handlelength": 3}
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
-        return legend.get_window_extent().width / figure.bbox.width
-
-    if add(2 if max(map(len, labels)) > 16 else 3) > 1:
-        figure.legends.clear()
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (len(labels) // 2))
-        if (width := add(1)) > 1:
-            figure.legends.clear()
-            add(1, 0.95 * LEGEND_LETTERS / width)  # letters come in sizes of whole dots
+        figure.set_figheight(height + LEGEND_ROW * max(0, math.ceil(len(labels) / columns) - rows_left))
+        excess = legend.get_window_extent().width / figure.bbox.width
+        if excess <= 1:
+            break
+        legend.remove()
+        if columns == 1:
+            letters *= 0.98 / excess
 
 
 def _styles(theme: Theme) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # images, labels, class names
 SPLITS = ("train", "validation", "test")
+DECODING = 2  # raised with every change of what is made of the same files, for cached copies to be made again
 SPLIT_FOLDERS = {  # of an imagefolder; named as `datasets` knows them
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -329,13 +331,13 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
     where, commit = f"{name} {split}", None
     if folder or name == "imagefolder":
         folder = source_folder(name, spec, folder)
-        fingerprint, load = fingerprint_of(folder), functools.partial(load_folder, name, folder)
+        fingerprint, load = fingerprint_of(name, folder), functools.partial(load_folder, name, split, folder)
     else:
         commit, cure = commit_on_hub(spec.hub_id), "its parquet files can be given by --data-dir or GBNZOO_DATA"
-        load = functools.cache(functools.partial(load_tables, name, spec.hub_id, revision=commit, cure=cure))
+        load = functools.cache(functools.partial(load_split, name, split, spec.hub_id, revision=commit, cure=cure))
         # Where the Hub does not say, `datasets` may still have what it once prepared.
-        fingerprint = commit or [table._fingerprint for table in load().values()]
-    key = hashlib.sha256(repr((fingerprint, split, spec)).encode()).hexdigest()[:16]
+        fingerprint = commit or load()._fingerprint
+    key = hashlib.sha256(repr((DECODING, fingerprint, split, spec)).encode()).hexdigest()[:16]
     cache = cache_folder()
     cached = cache / f"{name.replace('/', '--')}-{split}-{key}.safetensors"
     with contextlib.nullcontext() if cached.exists() else one_at_a_time(cache):
@@ -346,11 +348,10 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
 
         with tempfile.TemporaryDirectory(prefix="gbnzoo-", ignore_cleanup_errors=True) as scratch:
             # The Arrow copy that `datasets` makes of files goes to scratch: only the decoded images are read again.
-            tables = load(cache_dir=scratch) if folder else load()
-            check_split(name, split, tables)
-            labels, class_names = read_labels(tables[split], spec, where)
-            images = _decode(_pil_images(tables[split], spec, where), len(labels), spec, where)
-        if commit and not _is_of_commit(tables[split], commit):
+            table = load(cache_dir=scratch) if folder else load()
+            labels, class_names = read_labels(table, spec, where)
+            images = _decode(_pil_images(table, spec, where), len(labels), spec, where)
+        if commit and not _is_of_commit(table, commit):
             return images, labels, class_names
         with contextlib.suppress(OSError, SafetensorError):  # where nothing can be kept, the next run decodes again
             cache.mkdir(parents=True, exist_ok=True)
@@ -364,7 +365,7 @@ def _read_cached(name: str, spec: DatasetSpec, split: str, folder: Path | None) 
 def commit_on_hub(hub_id: str) -> str | None:
     """The newest commit of a data set, found as `datasets` finds it but without its import, which takes a second.
 
-    Offline, the last one that was seen. None for a set without a card, and for any failure: `load_tables` asks again, and says
+    Offline, the last one that was seen. None for a set without a card, and for any failure: `load_split` asks again, and says
     what is wrong.
     """
     is_offline = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
@@ -395,10 +396,10 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def fingerprint_of(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells whether any file in a folder has changed."""
-    walked = os.walk(folder.resolve(), followlinks=True)
-    files = sorted(path for root, _, names in walked for path in map(Path(root).joinpath, names) if path.is_file())
+def fingerprint_of(name: str, folder: Path) -> list[tuple[str, int, int]]:
+    """What tells whether any file of a set in a folder has changed."""
+    found = files_under(folder.resolve()) if name == "imagefolder" else folder.resolve().rglob("*")
+    files = sorted(path for path in found if path.is_file())
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -416,7 +417,7 @@ def source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
     """
     if name == "imagefolder":
         if folder and folder.is_dir():
-            return folder
+            return folder.absolute()
         raise FileNotFoundError(
             f"imagefolder: {folder or 'no folder'} given, wanted one with train/<class>/ and test/<class>/ full of images, as"
             " --data-dir or GBNZOO_DATA"
@@ -430,80 +431,91 @@ def source_folder(name: str, spec: DatasetSpec, folder: Path | None) -> Path:
     )
 
 
-def load_folder(name: str, folder: Path, **options: Any) -> "Mapping[str, datasets.Dataset | datasets.IterableDataset]":
-    """The splits of parquet files, loaded with these options of `datasets`, or of an `imagefolder`.
+def load_folder(name: str, split: str, folder: Path, **options: Any) -> "datasets.Dataset | datasets.IterableDataset":
+    """One split of parquet files, loaded with these options of `datasets`, or of an `imagefolder`.
 
     Raises:
-        OSError: if they cannot be loaded.
+        OSError: if it cannot be loaded.
+        ValueError: if there is no such split.
     """
     if name == "imagefolder":
-        return _load_image_folder(folder)
+        return _load_image_folder(split, folder)
+    folder = folder.resolve()
     if unfit := set("*?[]").intersection(str(folder)):
         raise OSError(
             f"{name}: {folder}: `datasets` takes {' '.join(sorted(unfit))} in a path for a pattern; wanted another name"
         )
-    return load_tables(name, "parquet", data_dir=str(folder), cure="the files may be broken", **options)
+    return load_split(name, split, "parquet", data_dir=str(folder), cure="the files may be broken", **options)
 
 
-def _load_image_folder(folder: Path) -> "dict[str, datasets.Dataset]":
-    """The splits of `<split>/<class>/`, each with the images under it in the order of their paths.
+def _load_image_folder(split: str, folder: Path) -> "datasets.Dataset":
+    """The images of `<split>/<class>/`, in the order of their paths.
 
-    As torchvision reads it: links are followed, and a class may have any name, where `datasets` takes `test/train/` for part
-    of both. Classes are those of all splits together. Where no folder is named like a split, all are classes of "train".
-
-    Raises:
-        FileNotFoundError: if there are not two classes with images.
+    A class may have any name, where `datasets` takes `test/train/` for part of both splits. Classes are those of all splits
+    together. Where no folder is named like a split, all are classes of "train".
     """
     from datasets import ClassLabel, Dataset, Features, Image
-    from torchvision.datasets.folder import make_dataset
 
     endings = tuple(ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
-
-    def is_image(path: str) -> bool:
-        return path.lower().endswith(endings) and not os.path.basename(path).startswith(".")
-
-    def samples(root: Path) -> Iterator[tuple[str, str]]:
-        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith("."):
-                made = make_dataset(str(root), {entry.name: 0}, is_valid_file=is_image, allow_empty=True)
-                yield from ((path, entry.name) for path, _ in made)
-
-    roots = {
-        split: [folder / name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()
-    }
+    top = {entry.name: Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
+    wanted = "; wanted train/<class>/ and test/<class>/ or val/<class>/"
+    roots = {kind: [top[name] for name in names if name in top] for kind, names in SPLIT_FOLDERS.items()}
+    if twice := [" and ".join(map(str, each)) for each in roots.values() if len(each) > 1]:
+        raise FileNotFoundError(f"imagefolder: {', '.join(twice)} would be one split{wanted}")
     if not any(roots.values()):
+        words = {word for names in SPLIT_FOLDERS.values() for word in names}
+        if alike := sorted(name for name in top if words & set(re.split(r"[-_. ]", name.lower()))):
+            raise FileNotFoundError(f"imagefolder: are {', '.join(alike)} in {folder} splits, or classes?{wanted}")
         roots = {"train": [folder]}
-    found = {split: [sample for root in each for sample in samples(root)] for split, each in roots.items()}
-    class_names = sorted({name for each in found.values() for _, name in each})
+    found = {}
+    for kind, each in roots.items():
+        for root in each:
+            files = (file for file in files_under(root) if file.name.lower().endswith(endings) and file.parent != root)
+            found[kind] = [(str(file), file.relative_to(root).parts[0]) for file in files]
+    class_names = sorted({name for samples in found.values() for _, name in samples})
     if len(class_names) < 2:
         raise FileNotFoundError(
-            f"imagefolder: {folder} holds images of {' and '.join(class_names) or 'no class'}, wanted train/<class>/ and"
-            " test/<class>/ or val/<class>/, with two classes at least"
+            f"imagefolder: {folder} holds images of {' and '.join(class_names) or 'no class'}{wanted}, with two"
+            " classes at least"
         )
+    check_split("imagefolder", split, [kind for kind, samples in found.items() if samples])
+    paths, labels = zip(*found[split], strict=True)
     features = Features(image=Image(), label=ClassLabel(names=class_names))
-    return {
-        split: Dataset.from_dict({"image": [path for path, _ in each], "label": [name for _, name in each]}, features)
-        for split, each in found.items()
-        if each
-    }
+    return Dataset.from_dict({"image": paths, "label": labels}, features)
 
 
-def load_tables(
-    name: str, path: str, *, cure: str, **options: Any
-) -> "datasets.DatasetDict | datasets.IterableDatasetDict":
-    """`datasets.load_dataset`, its many errors made one.
+def files_under(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Files in the order of their paths; links are followed, hidden files and folders and loops of links left out."""
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield Path(entry.path)
+        elif ((status := Path(entry.path).stat()).st_dev, status.st_ino) not in above:
+            yield from files_under(Path(entry.path), above)
+
+
+def load_split(
+    name: str, split: str, path: str, *, cure: str, **options: Any
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """One split by `datasets.load_dataset`, its many errors made one.
 
     Raises:
         OSError: if the set cannot be loaded.
+        ValueError: if it has no such split.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(path, **options)
+        tables = load_dataset(path, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         source = options.get("data_dir", f"{path} on the Hub")
         raise OSError(f"{name}: cannot load {source}: {error.__cause__ or error}; {cure}") from error
+    check_split(name, split, tables)
+    return tables[split]
 
 
 def check_split(name: str, split: str, found: Iterable[str]) -> None:
@@ -611,10 +623,8 @@ def in_mode(image: PIL.Image.Image, spec: DatasetSpec, i: int, where: str) -> PI
         ValueError: if it has another and may not be converted.
     """
     if spec.converts_images:
-        if image.mode.startswith("I;16") or (image.mode, image.format) == (
-            "I",
-            "PNG",
-        ):  # 16 bits, which PIL would clip at 255
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            # Of 16 bits, which PIL would clip at 255.
             image = PIL.Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         return image.convert(spec.image_mode)
     if image.mode != spec.image_mode:
@@ -795,8 +805,9 @@ class GlobalBatches:
 
     def at(self, update: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sample indices and epochs, both int64 [b], of some places, int64 [b], in one global batch; None are all in turn."""
-        places, first = torch.arange(self.batch_size) if positions is None else positions, update * self.batch_size
-        if draw := kernels.pick_order():
+        places = torch.arange(self.batch_size) if positions is None else positions.long()
+        first = update * self.batch_size
+        if draw := kernels.pick_order(places):
             key = int(_stream_key(self.seed, "permutation")[0])
             return draw(places, first, self.num_samples, _grid(self.num_samples), key)
         entries = places + first

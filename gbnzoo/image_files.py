@@ -30,7 +30,6 @@ from gbnzoo.data import (
     MicroBatch,
     Normalise,
     cache_folder,
-    check_split,
     consecutive,
     data_folder,
     encoded_images,
@@ -40,7 +39,7 @@ from gbnzoo.data import (
     kept_of_source,
     keyed_bits,
     load_folder,
-    load_tables,
+    load_split,
     one_at_a_time,
     open_image,
     read_labels,
@@ -322,19 +321,16 @@ def open_images(data: Data, split: str, *, data_dir: str | Path | None = None) -
 def _open_table(name: str, spec: DatasetSpec, split: str, folder: Path | None) -> "datasets.Dataset":
     if folder or name == "imagefolder":
         folder = source_folder(name, spec, folder)
-        load = functools.partial(load_folder, name, folder)
         if name == "imagefolder":
-            tables = load()
-            check_split(name, split, tables)
-            return tables[split]
-        of = repr(fingerprint_of(folder))
+            return load_folder(name, split, folder)
+        of, load = repr(fingerprint_of(name, folder)), functools.partial(load_folder, name, split, folder)
     else:
         of = spec.hub_id
         cure = (
             f"its terms may have to be accepted at huggingface.co/datasets/{spec.hub_id} and `hf auth login` be run; its"
             " parquet files can be given by --data-dir or GBNZOO_DATA"
         )
-        load = functools.partial(load_tables, name, spec.hub_id, cure=cure)
+        load = functools.partial(load_split, name, split, spec.hub_id, cure=cure)
     key = hashlib.sha256(repr((of, split)).encode()).hexdigest()[:16]
     return _streamed(name, split, load, cache_folder() / f"{name.replace('/', '--')}-{split}-{key}")
 
@@ -353,9 +349,7 @@ def _streamed(name: str, split: str, load: functools.partial, folder: Path) -> "
     is_complete = folder / "complete"  # and says of how many parts
     with one_at_a_time(folder):
         if not is_complete.exists():
-            streams = load(streaming=True)
-            check_split(name, split, streams)
-            stream = streams[split]
+            stream = load(streaming=True)
             parts = _parts(folder, stream.num_shards)
             for k, part in enumerate(parts):
                 try:

@@ -161,19 +161,24 @@ def watching_for_stop(sign: signal.Signals) -> Iterator[Callable[[], bool]]:
     # Accelerate starts a single process without torchrun, and passes no signal on to it.
     is_started_by_launcher = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", JOB_VARIABLE} & os.environ.keys()
     launcher = os.getppid() if is_started_by_launcher else None
-    came = threading.Event()
+    came, process = threading.Event(), os.getpid()
 
     def note(*_: object) -> None:
-        if sign == signal.SIGINT and not is_started_by_launcher:
-            if came.is_set():
-                raise KeyboardInterrupt
-            print("stopping with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        if os.getpid() != process:  # a worker that inherited this; its process will end it
+            return
+        is_second = came.is_set()
         came.set()
+        if sign == signal.SIGINT and not is_started_by_launcher:
+            if is_second:
+                raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # whoever reads it may have ended by the same Ctrl-C
+                os.write(2, b"stopping with a checkpoint; Ctrl-C again stops at once\n")
 
     def is_asked_to_stop() -> bool:
         return came.is_set() or (launcher is not None and os.getppid() != launcher)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    is_ignored = signal.getsignal(sign) is signal.SIG_IGN  # as Ctrl-C is in what a script began with &
+    if is_ignored or threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield is_asked_to_stop
         return
     before = signal.signal(sign, note)

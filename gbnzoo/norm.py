@@ -258,7 +258,7 @@ class _GhostBatchNorm(_BatchNorm):
                     fold(mean, var, self._folding(running, mean.shape[0]))
                     return
         ghosts, counted = mean.shape[0], mean.shape[0] * self.world_size
-        if self.running_mean is None:
+        if self.running_mean is None or (self.momentum is None and self.num_batches_tracked is None):
             pass
         elif self.momentum is None:
             total = self.num_batches_tracked.to(mean.dtype) + counted
@@ -593,7 +593,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     layers = [layer for layer in _ghost_layers(model) if layer.track_running_stats]
     training, momenta = {module: module.training for module in model.modules()}, [layer.momentum for layer in layers]
-    before = [{name: buffer.clone() for name, buffer in layer._buffers.items()} for layer in layers]
+    before = [{name: b.clone() for name, b in layer._buffers.items() if b is not None} for layer in layers]
     model.eval()
     for layer in layers:
         layer.training = True

@@ -86,6 +86,11 @@ class Regime:
     def epochs(self) -> float:
         return self.samples_seen / self.num_samples
 
+    @property
+    def highest_lr(self) -> float:
+        """Of any update."""
+        return self.lr * max(math.prod(self.lr_decay[:k]) for k in range(len(self.lr_decay) + 1))
+
     def lr_at(self, update: int) -> float:
         """Learning rate of one update.
 

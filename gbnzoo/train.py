@@ -103,6 +103,11 @@ def train(
             trainer.progress_bar(show_progress) as bar,
             watching_for_stop(signal.SIGINT) as is_interrupted,
         ):
+
+            def stopped(where: str) -> TerminatedError:
+                sign = signal.SIGTERM if is_terminated() or not is_interrupted() else signal.SIGINT
+                return TerminatedError(f"{trainer.folder}: stopped {where}", 128 + sign)
+
             total_updates = trainer.regime.total_updates
             trainer.model.train()
             for update in range(trainer.first_update, total_updates):
@@ -126,10 +131,9 @@ def train(
                     if save_is_due or must_stop or is_last:
                         trainer.save(done)
                     if must_stop and not is_last:
-                        sign = signal.SIGINT if is_interrupted() and not is_terminated() else signal.SIGTERM
-                        raise TerminatedError(
-                            f"{trainer.folder}: stopped after update {done}; --resume goes on from there", 128 + sign
-                        )
+                        raise stopped(f"after update {done}; --resume goes on from there")
+            if is_terminated() or is_interrupted():  # for what follows not to begin
+                raise stopped("after its last update; it is complete")
     return trainer.folder
 
 

@@ -116,7 +116,7 @@ class Trainer:
         self.logged_updates = self.evaluated_updates | _log_spaced(total)
 
         self.parameters = list(self.bare_model.parameters())
-        self.optimizer = build_optimizer(recipe.optimizer, self.bare_model, self.regime.lr)
+        self.optimizer = build_optimizer(recipe.optimizer, self.bare_model, self.regime.highest_lr)
         if self.layout.processes_per_ghost > 1:
             group, _ = torch.distributed.new_subgroups(
                 self.layout.processes_per_ghost, timeout=timedelta(seconds=timeout_seconds)

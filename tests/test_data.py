@@ -199,6 +199,14 @@ def test_parts_of_a_batch_are_those_parts():
         assert torch.equal(torch.stack(part), whole[:, places])
 
 
+def test_positions_may_be_of_any_integers_and_shape():
+    batches, positions = GlobalBatches(1000, 64, seed=3), torch.arange(12) * 5
+    expected = torch.stack(batches.at(5, positions))
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(torch.stack(batches.at(5, positions.to(dtype))), expected)
+    assert torch.equal(torch.stack(batches.at(5, positions.repeat_interleave(2)[::2])), expected)
+
+
 def test_order_needs_no_memory_in_proportion_to_the_data():
     # A million million samples: their order could not be held.
     indices, epochs = GlobalBatches(10**12, 1000, seed=0).at(3 * 10**9 + 1)
@@ -580,9 +588,41 @@ def test_an_image_folder_without_splits_is_all_for_training(tmp_path):
         load_images("imagefolder", "test", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("Train", "Val"), ("train_images", "cats")])
+def test_folders_that_may_be_splits_are_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        grey_images(tmp_path / name, cat=1, dog=1)
+    with pytest.raises(FileNotFoundError, match=rf"{min(n for n in names if n != 'cats')}.* splits, or classes"):
+        load_images("imagefolder", "train", data_dir=tmp_path)
+
+
+def test_one_split_in_two_folders_is_refused(tmp_path):
+    grey_images(tmp_path / "val", cat=1, dog=1)
+    (tmp_path / "validation").symlink_to("val")
+    with pytest.raises(FileNotFoundError, match=r"validation and .*val would be one split; wanted train/"):
+        load_images("imagefolder", "validation", data_dir=tmp_path)
+
+
+def test_links_in_a_loop_and_hidden_folders_are_left_out(tmp_path):
+    grey_images(tmp_path / "train", cat=2, dog=1)
+    grey_images(tmp_path / "train" / "cat", **{".ipynb_checkpoints": 1})
+    for name in ("up", "again"):
+        (tmp_path / "train" / "cat" / name).symlink_to("..")
+    assert load_images("imagefolder", "train", data_dir=tmp_path).labels.tolist() == [0, 0, 1]
+
+
+def test_a_copy_of_what_was_decoded_by_other_rules_is_made_again(tmp_path, monkeypatch):
+    grey_images(tmp_path, cat=2, dog=1)
+    before = load_images("imagefolder", "train", data_dir=tmp_path).images
+    monkeypatch.setattr(data, "_decode", lambda *arguments: 255 - before)
+    assert torch.equal(load_images("imagefolder", "train", data_dir=tmp_path).images, before)
+    monkeypatch.setattr(data, "DECODING", data.DECODING + 1)
+    assert torch.equal(load_images("imagefolder", "train", data_dir=tmp_path).images, 255 - before)
+
+
 def test_an_image_folder_of_one_class_is_refused(tmp_path):
     grey_images(tmp_path / "train", cat=2, dog=0)
-    with pytest.raises(FileNotFoundError, match=r"holds images of cat, wanted train/<class>/ .* two classes at least"):
+    with pytest.raises(FileNotFoundError, match=r"holds images of cat; wanted train/<class>/ .* two classes at least"):
         load_images("imagefolder", "train", data_dir=tmp_path)
 
 

@@ -617,7 +617,7 @@ def test_the_order_is_that_of_numpy(samples, monkeypatch):
         drawn = torch.stack(batches.at(update, places))
         with monkeypatch.context() as off:
             off.setattr(kernels, "_ARE_ON", False)
-            assert kernels.pick_order() is None
+            assert kernels.pick_order(places) is None
             assert torch.equal(torch.stack(batches.at(update, places)), drawn)
 
 

@@ -415,11 +415,11 @@ def test_a_split_model_is_frozen_only_with_whole_statistics():
 
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("ghost_batch_size", [None, GHOST])
+@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("missing", [["num_batches_tracked"], ["running_mean", "running_var"]])
-def test_buffers_that_somebody_took_away_are_not_missed(missing, ghost_batch_size, kernel):
-    layer, twin = pair(
-        GhostBatchNorm1d, nn.BatchNorm1d, ghost_batch_size, dtype=torch.float32 if kernel else torch.float64
-    )
+def test_buffers_that_somebody_took_away_are_not_missed(missing, momentum, ghost_batch_size, kernel):
+    dtype = torch.float32 if kernel else torch.float64
+    layer, twin = pair(GhostBatchNorm1d, nn.BatchNorm1d, ghost_batch_size, momentum=momentum, dtype=dtype)
     twin.ghost_rows = twin.ghost_rows or 8
     for name in missing:
         setattr(layer, name, None)

@@ -49,6 +49,7 @@ def test_the_rate_drops_exactly_at_a_milestone():
     regime = derive_regime("sb", **RESNET44)
     rates = [regime.lr_at(update) for update in (0, 31639, 31640, 47655, 47656, 64062, 78124)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-4, 1e-4])
+    assert regime.highest_lr == pytest.approx(0.1)
 
 
 def test_a_rate_may_also_rise_as_in_the_papers_c1():
@@ -56,6 +57,7 @@ def test_a_rate_may_also_rise_as_in_the_papers_c1():
     # 60, 120 and 180 epochs of 390.625 updates: 23437, 46875, 70312.
     rates = [regime.lr_at(update) for update in (23436, 23437, 46875, 70312)]
     assert rates == pytest.approx([1e-3, 1e-2, 1e-3, 1e-4])
+    assert regime.highest_lr == pytest.approx(1e-2)
 
 
 def test_warmup_rises_linearly_and_cosine_and_linear_fall_to_zero_after_it():

@@ -344,7 +344,7 @@ def test_any_two_of_many_series_look_different():
     assert len({(colour, line) for colour, line, _ in first}) == len({(colour, dot) for colour, _, dot in first}) == 28
 
 
-@pytest.mark.parametrize("letters", [1, 20, 40, 80])
+@pytest.mark.parametrize("letters", [1, 12, 17, 20, 40, 80, 92, 140])
 def test_a_legend_lies_inside_its_picture_however_long_its_names(tmp_path, letters):
     runs = [logged_run(tmp_path, log_t, rung="sb", seed=k, tag=f"{k}{'x' * letters}") for k in range(5)]
     figure = curve_charts(read_runs(runs))[0].draw(LIGHT)

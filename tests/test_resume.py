@@ -16,7 +16,7 @@ from processes import Together, run_together
 from test_distributed import DIGITS, assert_same_log, relative_distance
 
 from gbnzoo import run as run_module
-from gbnzoo.launch import watching_for_stop
+from gbnzoo.launch import TerminatedError, watching_for_stop
 from gbnzoo.recipe import load_recipe
 from gbnzoo.run import Run
 from gbnzoo.train import train
@@ -292,6 +292,50 @@ def test_the_command_starts_the_processes_it_was_asked_for_and_saves_when_it_is_
     assert run.environments()[0]["processes"] == processes
     run_together(1, train_digits, tmp_path)
     assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_update_lets_the_run_end_and_nothing_begin(tmp_path, whole, monkeypatch, sign):
+    save = Trainer.save
+
+    def signalled(trainer, done):
+        if done == trainer.regime.total_updates:
+            os.kill(os.getpid(), sign)
+        save(trainer, done)
+
+    monkeypatch.setattr(Trainer, "save", signalled)
+    with pytest.raises(TerminatedError, match="stopped after its last update; it is complete") as stopped:
+        train_digits(tmp_path)
+    assert stopped.value.exit_code == 128 + sign
+    monkeypatch.undo()
+    assert_same_end(Run(tmp_path / whole.folder.name), whole)
+
+
+def test_a_signal_is_noted_whoever_has_ended_reading_and_in_no_worker(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(os, "write", lambda _, text, write=os.write: write(writer, text))
+    with watching_for_stop(signal.SIGINT) as is_asked_to_stop:
+        if (worker := os.fork()) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(is_asked_to_stop())
+        assert os.waitpid(worker, 0)[1] == 0
+        assert not is_asked_to_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert is_asked_to_stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    os.close(writer)
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watching_for_stop(signal.SIGINT) as is_asked_to_stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not is_asked_to_stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_end_of_the_launcher_asks_a_process_to_stop(monkeypatch):

@@ -471,8 +471,7 @@ def test_an_update_never_makes_the_host_wait_for_the_gpu(tmp_path):
 
 def test_what_check_recipe_lets_pass_makes_updates_and_goes_on_from_a_checkpoint():
     recipe, unfit = load_recipe(DIGITS), set()
-    # Those want a GPU; the legacy ones of timm 1.0.26 call what torch no longer has.
-    names = [name for name in list_optimizers() if not name.startswith(("bnb", "fused")) and "legacy" not in name]
+    names = [name for name in list_optimizers() if not name.startswith(("bnb", "fused"))]  # which want a GPU
     for name in [*names, *(f"lookahead_{name}" for name in names)]:
         chosen = recipe.optimizer.model_copy(update={"name": name, "weight_decay": 0.1})
         try:

@@ -83,9 +83,12 @@ def pick_crops(images: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | No
     return crops.gather if is_able else None
 
 
-def pick_order() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`order.draw`, or None where there is no kernel."""
-    return order.draw if _ARE_ON and cpu.LIBRARY is not None else None
+def pick_order(places: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`order.draw`, or None where there is no kernel for places of that shape and dtype, or that lie there."""
+    is_able = (
+        _ARE_ON and cpu.LIBRARY is not None and places.is_cpu and places.dtype is torch.int64 and places.dim() == 1
+    )
+    return order.draw if is_able else None
 
 
 @functools.cache
