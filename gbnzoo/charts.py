@@ -750,7 +750,7 @@ def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
         figure.set_figheight(height + LEGEND_ROW * max(0, math.ceil(len(labels) / columns) - rows_left))
         excess = legend.get_window_extent().width / figure.bbox.width
-        if excess <= 1:
+        if excess <= 1 or letters < 1:
             break
         legend.remove()
         if columns == 1:

@@ -398,7 +398,12 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def fingerprint_of(name: str, folder: Path) -> list[tuple[str, int, int]]:
     """What tells whether any file of a set in a folder has changed."""
-    found = files_under(folder.resolve()) if name == "imagefolder" else folder.resolve().rglob("*")
+    if name == "imagefolder":
+        found = [
+            path for roots in _image_roots(folder.resolve()).values() for root in roots for path in files_under(root)
+        ]
+    else:
+        found = folder.resolve().rglob("*")
     files = sorted(path for path in found if path.is_file())
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
@@ -457,16 +462,7 @@ def _load_image_folder(split: str, folder: Path) -> "datasets.Dataset":
     from datasets import ClassLabel, Dataset, Features, Image
 
     endings = tuple(ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
-    top = {entry.name: Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
-    wanted = "; wanted train/<class>/ and test/<class>/ or val/<class>/"
-    roots = {kind: [top[name] for name in names if name in top] for kind, names in SPLIT_FOLDERS.items()}
-    if twice := [" and ".join(map(str, each)) for each in roots.values() if len(each) > 1]:
-        raise FileNotFoundError(f"imagefolder: {', '.join(twice)} would be one split{wanted}")
-    if not any(roots.values()):
-        words = {word for names in SPLIT_FOLDERS.values() for word in names}
-        if alike := sorted(name for name in top if words & set(re.split(r"[-_. ]", name.lower()))):
-            raise FileNotFoundError(f"imagefolder: are {', '.join(alike)} in {folder} splits, or classes?{wanted}")
-        roots = {"train": [folder]}
+    roots = _image_roots(folder)
     found = {}
     for kind, each in roots.items():
         for root in each:
@@ -475,7 +471,7 @@ def _load_image_folder(split: str, folder: Path) -> "datasets.Dataset":
     class_names = sorted({name for samples in found.values() for _, name in samples})
     if len(class_names) < 2:
         raise FileNotFoundError(
-            f"imagefolder: {folder} holds images of {' and '.join(class_names) or 'no class'}{wanted}, with two"
+            f"imagefolder: {folder} holds images of {' and '.join(class_names) or 'no class'}; {_IMAGE_FOLDERS}, with two"
             " classes at least"
         )
     check_split("imagefolder", split, [kind for kind, samples in found.items() if samples])
@@ -484,17 +480,48 @@ def _load_image_folder(split: str, folder: Path) -> "datasets.Dataset":
     return Dataset.from_dict({"image": paths, "label": labels}, features)
 
 
-def files_under(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """Files in the order of their paths; links are followed, hidden files and folders and loops of links left out."""
-    status = folder.stat()
-    above |= {(status.st_dev, status.st_ino)}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            yield Path(entry.path)
-        elif ((status := Path(entry.path).stat()).st_dev, status.st_ino) not in above:
-            yield from files_under(Path(entry.path), above)
+_IMAGE_FOLDERS = "wanted train/<class>/ and test/<class>/ or val/<class>/"
+
+
+def _image_roots(folder: Path) -> dict[str, list[Path]]:
+    """The folder of each split of an `imagefolder`, one or none; of "train" its own where none is named like a split.
+
+    Raises:
+        FileNotFoundError: if two folders would be one split, or it is not clear whether they are splits or classes.
+    """
+    top = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    roots = {split: [top[name] for name in names if name in top] for split, names in SPLIT_FOLDERS.items()}
+    if twice := [" and ".join(map(str, each)) for each in roots.values() if len(each) > 1]:
+        raise FileNotFoundError(f"imagefolder: {', '.join(twice)} would be one split; {_IMAGE_FOLDERS}")
+    if any(roots.values()):
+        return roots
+    words = {word for names in SPLIT_FOLDERS.values() for word in names}
+    if alike := [
+        name
+        for name in top
+        if words & set(re.split(r"[-_. 0-9]+", name.lower())) or name.lower().startswith(("train", "test", "valid"))
+    ]:
+        raise FileNotFoundError(f"imagefolder: are {', '.join(alike)} in {folder} splits, or classes? {_IMAGE_FOLDERS}")
+    return {"train": [folder]}
+
+
+def files_under(root: Path) -> Iterator[Path]:
+    """Files in the order of their paths; links are followed, but for those to a folder above, and nothing hidden is found."""
+
+    def identity(folder: Path) -> tuple[int, int]:
+        status = folder.stat()
+        return status.st_dev, status.st_ino
+
+    def walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield path
+            elif (own := identity(path)) not in above:
+                yield from walk(path, above | {own})
+
+    yield from walk(root, frozenset(map(identity, (root, *root.resolve().parents))))
 
 
 def load_split(

@@ -594,13 +594,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     layers = [layer for layer in _ghost_layers(model) if layer.track_running_stats]
     training, momenta = {module: module.training for module in model.modules()}, [layer.momentum for layer in layers]
     before = [{name: b.clone() for name, b in layer._buffers.items() if b is not None} for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.training = True
-        layer.momentum = None  # a plain mean
-        layer.reset_running_stats()
     batch = None
     try:
+        model.eval()
+        for layer in layers:
+            layer.training = True
+            layer.momentum = None  # a plain mean
+            layer.reset_running_stats()
         for batch in batches:
             model(batch)
         if batch is None:

@@ -88,7 +88,7 @@ class Regime:
 
     @property
     def highest_lr(self) -> float:
-        """Of any update."""
+        """No update's is higher."""
         return self.lr * max(math.prod(self.lr_decay[:k]) for k in range(len(self.lr_decay) + 1))
 
     def lr_at(self, update: int) -> float:

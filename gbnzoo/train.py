@@ -132,8 +132,8 @@ def train(
                         trainer.save(done)
                     if must_stop and not is_last:
                         raise stopped(f"after update {done}; --resume goes on from there")
-            if is_terminated() or is_interrupted():  # for what follows not to begin
-                raise stopped("after its last update; it is complete")
+        if is_terminated() or is_interrupted():  # for what follows not to begin
+            raise stopped("after its last update; it is complete")
     return trainer.folder
 
 

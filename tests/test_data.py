@@ -588,7 +588,10 @@ def test_an_image_folder_without_splits_is_all_for_training(tmp_path):
         load_images("imagefolder", "test", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("Train", "Val"), ("train_images", "cats")])
+@pytest.mark.parametrize(
+    "names",
+    [("seg_train", "seg_test"), ("Train", "Val"), ("train_images", "cats"), ("train2017",), ("TestData", "trainA")],
+)
 def test_folders_that_may_be_splits_are_not_taken_for_classes(tmp_path, names):
     for name in names:
         grey_images(tmp_path / name, cat=1, dog=1)
@@ -606,8 +609,9 @@ def test_one_split_in_two_folders_is_refused(tmp_path):
 def test_links_in_a_loop_and_hidden_folders_are_left_out(tmp_path):
     grey_images(tmp_path / "train", cat=2, dog=1)
     grey_images(tmp_path / "train" / "cat", **{".ipynb_checkpoints": 1})
-    for name in ("up", "again"):
-        (tmp_path / "train" / "cat" / name).symlink_to("..")
+    grey_images(tmp_path / "test", cat=3, dog=3)
+    for name, to in (("up", ".."), ("again", ".."), ("top", "../.."), ("self", "self")):
+        (tmp_path / "train" / "cat" / name).symlink_to(to)
     assert load_images("imagefolder", "train", data_dir=tmp_path).labels.tolist() == [0, 0, 1]
 
 

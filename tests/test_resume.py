@@ -269,6 +269,14 @@ def children(pid):
         return []
 
 
+@pytest.fixture(autouse=True)
+def _takes_ctrl_c():
+    """As in a terminal; what a script began with & ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_starts_the_processes_it_was_asked_for_and_saves_when_it_is_stopped(
