@@ -178,7 +178,7 @@ def main(
     """Train a recipe. The result depends on recipe and seed alone, not on the machine.
 
     Exit codes: 0 at the last update, 2 after an error that it names, 143 after SIGTERM and 130 after Ctrl-C, with a
-    checkpoint for --resume.
+    checkpoint for --resume, or with the run complete where they came after the last update.
     """
     with plain_errors():
         settings = load_recipe(recipe, overrides or (), rung=rung, seed=seed)
