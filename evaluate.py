@@ -2,12 +2,13 @@
 
     python evaluate.py hub/mlp5_gbn.mnist_gbn4096 --data mnist --data-dir data
     python evaluate.py runs/mlp5_gbn.mnist_gbn4096-seed0 --data-dir data
-    python evaluate.py 'resnet18.*' --data imagefolder --data-dir imagenet
+    python evaluate.py 'resnet18.*' --data imagefolder --data-dir imagenet    # the splits imagenet/train and imagenet/val
     python evaluate.py --check --data-dir data
     python evaluate.py --sha
 
 Weights of gbnzoo are measured as their run measured them (data, split, precision, batches of 256) unless told otherwise, and
-what the run's log says then comes out exactly. Results begin with the columns of timm's results files.
+what the run's log says then comes out exactly. Weights of timm's are measured as its validate.py does: at their test size, on
+classes in its order. Results begin with the columns of timm's results files.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ import gbnzoo.models  # noqa: F401  (registers the architectures)
 from gbnzoo.card import INTERPOLATION, TIMM_COLUMNS, as_csv, in_timm_order, markdown_table, read_results, timm_columns
 from gbnzoo.image_files import ImageFiles
 from gbnzoo.metrics import Metrics, evaluate
+from gbnzoo.run import RunError
 from gbnzoo.subject import Settings, Subject, find_device, has_own_images, images_for, load_subject
 from gbnzoo.train import EVALUATION_BATCH_SIZE, plain_errors
 from gbnzoo.weights import WEIGHTS_FILE, sha256_of
@@ -55,7 +57,7 @@ def expand_names(models: Iterable[str]) -> list[str]:
     """
     names = []
     for model in models:
-        if any(character in model for character in "*?["):
+        if any(character in model for character in "*?[") and not Path(model).exists():
             if not (fitting := timm.list_models(model, pretrained=True)):
                 raise ValueError(f"{model}: timm has no pretrained model of such a name")
             names += fitting
@@ -105,7 +107,7 @@ def measure(subject: Subject, settings: Settings) -> tuple[Metrics, dict[str, st
             top1_percent=metrics.top1_percent,
             top5_percent=metrics.top5_percent,
             param_count=sum(p.numel() for p in model.parameters()),
-            crop_pct=settings.crop_pct or subject.preprocessing["crop_pct"],
+            crop_pct=settings.crop_pct or subject.preprocessing(settings)["crop_pct"],
             interpolation=images.transform.interpolation if isinstance(images, ImageFiles) else INTERPOLATION,
         ),
         "data": images.name,
@@ -158,8 +160,10 @@ def _check_hash(row: Mapping[str, str], hub: Path) -> tuple[str, str]:
 def _check_accuracy(row: Mapping[str, str], hub: Path, settings: Settings) -> tuple[str, str]:
     try:
         metrics, _ = measure(load_subject(str(hub / row["model"])), settings)
-    except (FileNotFoundError, ImportError) as error:
+    except (OSError, ImportError) as error:
         return "not checked", f"its data are not at hand: {error}"
+    except (RunError, ValueError) as error:
+        return "DIFFERS", f"it cannot be measured: {error}"
     difference = metrics.top1_percent - float(row["top1"])
     scored_on = row["hardware"].split("; ")[-1]  # "2 × AMD EPYC", "NVIDIA H200"
     was_on_cpu, is_on_cpu = " × " in scored_on, find_device(settings.device).type == "cpu"
@@ -190,6 +194,25 @@ def write_results(path: Path, rows: Sequence[Mapping[str, str]], results_format:
     path.write_text(as_csv(in_timm_order(rows), COLUMNS), encoding="utf-8")
 
 
+def report(rows: Sequence[Mapping[str, str]], results_file: Path | None, results_format: ResultsFormat) -> None:
+    """Print rows as timm sorts them, and write them to the file if there is one."""
+    shown = (
+        "model",
+        "data",
+        "split",
+        "top1",
+        "top5",
+        "param_count",
+        "img_size",
+        "samples",
+        "precision",
+        "recorded_top1",
+    )
+    print(markdown_table(shown, ([row[key] for key in shown] for row in in_timm_order(rows))))
+    if results_file:
+        write_results(results_file, rows, results_format)
+
+
 def main(
     models: Annotated[
         list[str] | None,
@@ -206,11 +229,15 @@ def main(
     pretrained: Annotated[bool, typer.Option(help="load the weights of a name in timm")] = True,
     checkpoint: Annotated[Path | None, typer.Option(help="safetensors file with weights for a name in timm")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="of a name in timm, where not its own number")] = None,
+    in_chans: Annotated[int | None, typer.Option(min=1, help="channels, of a name in timm")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = EVALUATION_BATCH_SIZE,
     workers: Annotated[
         int | None, typer.Option("--workers", "-j", min=1, help="CPU threads; images lie in memory and need no loader")
     ] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="bring images to this height and width")] = None,
+    use_train_size: Annotated[
+        bool, typer.Option(help="images as a timm model was trained with, not as timm tests it")
+    ] = False,
     crop_pct: Annotated[float | None, typer.Option(min=0.01, max=1, help="what the centre crop keeps")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     amp: Annotated[
@@ -233,7 +260,9 @@ def main(
     models = [*(models or ()), *(model or ())]
     if workers:
         torch.set_num_threads(workers)
-    settings = Settings(data, data_dir, split, batch_size, img_size, crop_pct, device, amp, channels_last)
+    settings = Settings(
+        data, data_dir, split, batch_size, img_size, crop_pct, device, amp, channels_last, use_train_size
+    )
     with plain_errors():
         find_device(device)
         if results_file and not results_file.parent.is_dir():
@@ -241,31 +270,27 @@ def main(
                 f"--results-file {results_file}: there is no folder {results_file.parent}; wanted one that is there"
             )
         if check_results or check_hashes:
-            if models or (data, split, img_size, crop_pct, amp) != (None,) * 5:
+            if models or use_train_size or (data, split, img_size, crop_pct, amp) != (None,) * 5:
                 raise ValueError(
                     "--check and --sha take every row of results.csv, and measure it as it was recorded; leave out models,"
-                    " --data, --split, --img-size, --crop-pct and --amp"
+                    " --data, --split, --img-size, --use-train-size, --crop-pct and --amp"
                 )
             raise typer.Exit(0 if check(hub, settings if check_results else None) else 1)
         if not models:
             raise ValueError("nothing to measure: name a model, a hub folder or a run, or give --check")
-        options = {"pretrained": pretrained, "checkpoint": checkpoint, "num_classes": num_classes}
-        rows = [measure(load_subject(name, **options), settings)[1] for name in expand_names(models)]
-        shown = (
-            "model",
-            "data",
-            "split",
-            "top1",
-            "top5",
-            "param_count",
-            "img_size",
-            "samples",
-            "precision",
-            "recorded_top1",
-        )
-        print(markdown_table(shown, ([row[key] for key in shown] for row in in_timm_order(rows))))
-        if results_file:
-            write_results(results_file, rows, results_format)
+        options = {
+            "pretrained": pretrained,
+            "checkpoint": checkpoint,
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+        }
+        rows = []
+        try:
+            for name in expand_names(models):
+                rows.append(measure(load_subject(name, **options), settings)[1])
+        finally:  # what was measured is told, whatever ends it
+            if rows:
+                report(rows, results_file, results_format)
 
 
 if __name__ == "__main__":

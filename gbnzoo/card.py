@@ -54,6 +54,8 @@ RESULT_COLUMNS = (
     "versions",
     "sha256",  # of model.safetensors where it is published
 )
+_WHOLE_COLUMNS = ("seed", "batch_size", "ghost_batch_size", "updates", "samples")
+_NUMBER_COLUMNS = ("top1", "top5", "train_seconds")
 CROP_PCT, INTERPOLATION = 1.0, "bicubic"
 """How `gbnzoo.data` brings images to a network's input size, in timm's words."""
 
@@ -241,30 +243,74 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
     """The rows of a results file; none where there is no file.
 
     Raises:
-        ValueError: if its columns are not RESULT_COLUMNS.
+        ValueError: if its columns are not RESULT_COLUMNS, or a row is no run's.
     """
     path = Path(path)
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
         reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != RESULT_COLUMNS:
-        raise ValueError(
-            f"{path}: its columns are {','.join(reader.fieldnames or ())}; wanted {','.join(RESULT_COLUMNS)}"
-        )
+        columns = tuple(reader.fieldnames or ())
+        if columns != RESULT_COLUMNS:
+            raise ValueError(f"{path}: its columns are {','.join(columns)}; wanted {','.join(RESULT_COLUMNS)}")
+        rows = []
+        for row in reader:
+            _check_row(row, f"{path}, line {reader.line_num}")
+            rows.append(row)
     return rows
 
 
-def merge_result(rows: Iterable[Mapping[str, str]], new: Mapping[str, str]) -> list[dict[str, str]]:
+def _check_row(row: Mapping[str | None, Any], where: str) -> None:
+    if None in row or None in row.values():
+        raise ValueError(
+            f"{where}: has {'more' if None in row else 'fewer'} than the {len(RESULT_COLUMNS)} cells wanted"
+        )
+    if row["rung"] not in RUNGS:
+        raise ValueError(f"{where}: rung {row['rung']!r}; wanted one of {', '.join(RUNGS)}")
+    for kind, wanted, columns in ((int, "a whole number", _WHOLE_COLUMNS), (float, "a number", _NUMBER_COLUMNS)):
+        for column in columns:
+            try:
+                kind(row[column])
+            except ValueError:
+                raise ValueError(f"{where}: {column} {row[column]!r}; wanted {wanted}") from None
+
+
+def merge_result(rows: Sequence[Mapping[str, str]], new: Mapping[str, str]) -> list[dict[str, str]]:
     """`rows` with `new` in the place of the row of its name and seed.
 
     A hub folder holds the weights of one seed: where `new` has their hash, rows of other seeds lose theirs.
+
+    Raises:
+        ValueError: if a row of that name was trained by another recipe: means over both would be of neither.
     """
+    for row in rows:
+        if row["model"] == new["model"] and not _are_of_one_recipe(row["recipe"], new["recipe"]):
+            raise ValueError(
+                f"{new['model']} is already the name of another recipe's results, seed {row['seed']}: `{row['recipe']}`;"
+                f" this run's is `{new['recipe']}`. Train it with a tag of its own (tag=NAME), or take that row out of"
+                " results.csv first"
+            )
     others = [dict(row) for row in rows if (row["model"], row["seed"]) != (new["model"], new["seed"])]
     if new["sha256"]:
         others = [row | {"sha256": ""} if row["model"] == new["model"] else row for row in others]
     return in_timm_order([*others, dict(new)])
+
+
+def _are_of_one_recipe(*arguments: str) -> bool:
+    """Whether `training_arguments` differ in the seed alone, or mean the same by another shipped recipe."""
+    without_seeds = [each.rpartition(" --seed ")[0] for each in arguments]
+    if len(set(without_seeds)) == 1:
+        return True
+    try:
+        one, other = (_recipe_of(each) for each in without_seeds)
+    except (OSError, ValueError):  # a recipe of an earlier version
+        return False
+    return one == other
+
+
+def _recipe_of(arguments: str) -> Recipe:
+    file, *overrides, _, rung = shlex.split(arguments)
+    return load_recipe(file, overrides, rung=rung, seed=0)
 
 
 def in_timm_order(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -619,8 +665,9 @@ best = probabilities.argmax().item()
 print(model.pretrained_cfg["label_names"][best], f"{{probabilities[best]:.1%}}")
 ```
 
-With gbnzoo, which `pip install .` in a checkout installs, the name is enough. The weights are then the checkout's, else the
-Hub's, and are looked at before they are loaded; `ghost_batch_size` is for training on:
+With gbnzoo, which `pip install .` in a checkout installs, the name is enough. The weights are then those in the checkout's
+hub/, or in the folder GBNZOO_HUB, else those of {ORGANIZATION} on the Hub, and are looked at before they are loaded;
+`ghost_batch_size` is for training on:
 
 ```python
 import gbnzoo

@@ -189,8 +189,8 @@ def publish_command(
             refresh(hub)
             print(hub / "README.md")
         elif dry_run:
-            for file in hub_files(folder):
-                print(f"{file.path}  {file.num_bytes:,} bytes  sha256 {file.sha256}")
+            for file in hub_files(folder, to):
+                print(f"{folder / file.name}  {file.num_bytes:,} bytes  sha256 {file.sha256}")
         elif to:
             done = upload(folder, to, private=private, revision_tag=revision_tag)
             print(f"{done.url}: {', '.join(done.changed) or 'nothing had changed'}")

@@ -277,8 +277,12 @@ def kept_of_source(name: str, labels: Tensor, split: str, holdout: int) -> Tenso
     return _stratified(labels, holdout) == (split == "validation")
 
 
-def scored_split(name: str) -> str:
-    """The split of a set that a model is scored on."""
+def scored_split(name: str, data_dir: str | Path | None = None) -> str:
+    """The split of a set that a model is scored on: of image folders at hand that have no test images, validation."""
+    folder = data_folder(data_dir)
+    if name == "imagefolder" and folder and folder.is_dir():
+        roots = _image_roots(folder)
+        return "validation" if roots.get("validation") and not roots.get("test") else "test"
     return next((spec.scored_split for known, spec in DATASETS.items() if name in (known, spec.hub_id)), "test")
 
 

@@ -143,7 +143,8 @@ def find_subject(source: str, data_name: str | None = None, data_dir: str | Path
         return _of_run(Run(path), None, data_name, data_dir)
 
     found = load_subject(source)
-    train_set = images_for(found, Settings(data_name, Path(data_dir) if data_dir else None, split="train"))
+    settings = Settings(data_name, Path(data_dir) if data_dir else None, split="train", use_train_size=True)
+    train_set = images_for(found, settings)
     gbn = found.gbn
     return Subject(
         found.name,

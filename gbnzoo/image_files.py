@@ -71,6 +71,7 @@ class ImageFiles:
         transform: how images are augmented, and brought to size.
         workers: processes that decode; 0 for none but this one.
         device: where batches go.
+        crop_mode: timm's, of images that are scored.
     """
 
     table: "datasets.Dataset"
@@ -83,6 +84,7 @@ class ImageFiles:
     transform: Transform
     workers: int
     device: torch.device
+    crop_mode: str = "center"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -171,7 +173,11 @@ class _Scored(TorchDataset):
         self.files = files
         how = files.transform
         self.transform = create_transform(
-            files.input_size, crop_pct=how.crop_pct, interpolation=how.interpolation, use_prefetcher=True
+            files.input_size,
+            crop_pct=how.crop_pct,
+            crop_mode=files.crop_mode,
+            interpolation=how.interpolation,
+            use_prefetcher=True,
         )
 
     def __getitem__(self, keys: list[Key]) -> tuple[Tensor, Tensor]:

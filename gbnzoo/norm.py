@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from gbnzoo import kernels
-from gbnzoo.kernels.cpu import Folding
+from gbnzoo.kernels.cpu import Decay, Folding
 from gbnzoo.spanning import spanning_batch_norm
 
 
@@ -212,18 +212,12 @@ class _GhostBatchNorm(_BatchNorm):
             if self.momentum is None or buffers["running_mean"] is None:
                 return None
             running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-            folding = self._folding(running, max(1, rows // ghost_rows))
+            ghosts = max(1, rows // ghost_rows)
+            folding = Folding(*running, _remembered_decay(self.momentum, ghosts, self.world_size, self.rank))
         parameters = self._parameters  # as are the buffers; not there where something computes them
         if "weight" not in parameters or "bias" not in parameters:
             return None
         return kernel(input, parameters["weight"], parameters["bias"], ghost_rows, self.eps, residual, relu, folding)
-
-    def _folding(self, running: tuple[Tensor, Tensor, Tensor], ghosts: int) -> Folding:
-        """What `update_running_statistics` does, for a kernel to do."""
-        keep = 1 - self.momentum
-        step = keep**self.world_size
-        last = self.momentum * keep ** (self.world_size - 1 - self.rank)
-        return Folding(*running, ghosts * self.world_size, step**ghosts, step, last)
 
     def _normalize_part_of_ghost(self, input: Tensor, ghost_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         processes = torch.distributed.get_world_size(self.process_group)
@@ -255,7 +249,8 @@ class _GhostBatchNorm(_BatchNorm):
             if self.momentum is not None and self.momentum <= 1 and all(buffer is not None for buffer in running):
                 fold = kernels.pick_fold(mean, running)
                 if fold is not None:
-                    fold(mean, var, self._folding(running, mean.shape[0]))
+                    decay = _decay(self.momentum, mean.shape[0], self.world_size, self.rank)
+                    fold(mean, var, Folding(*running, decay))
                     return
         ghosts, counted = mean.shape[0], mean.shape[0] * self.world_size
         if self.running_mean is None or (self.momentum is None and self.num_batches_tracked is None):
@@ -343,6 +338,16 @@ def _checked(ghost_batch_size: int | None) -> int | None:
             f"ghost_batch_size {ghost_batch_size!r}: wanted a positive integer, or None for plain BatchNorm"
         )
     return ghost_batch_size
+
+
+def _decay(momentum: float, ghosts: int, world_size: int, rank: int) -> Decay:
+    """What `update_running_statistics` does, for a kernel to do."""
+    keep = 1 - momentum
+    step = keep**world_size
+    return Decay(ghosts * world_size, step**ghosts, step, momentum * keep ** (world_size - 1 - rank))
+
+
+_remembered_decay = functools.lru_cache(maxsize=1024)(_decay)  # not for torch.compile, which warns of such a cache
 
 
 def _is_recomputation() -> bool:

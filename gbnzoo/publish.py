@@ -3,11 +3,14 @@
 A folder appears whole or not at all, holds safetensors only, and has been loaded by timm from where it lay before it does.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,9 @@ from gbnzoo.card import (
 from gbnzoo.collection import collection_markdown, collection_page, collection_rows
 from gbnzoo.recipe import Recipe, load_recipe
 from gbnzoo.run import Run
+
+_ASIDE, _REPLACED = ".writing-", "replaced"  # where a hub folder is made, and what it replaces lies meanwhile
+_TORN = ".writing"  # behind a file's name while it is written
 
 
 def publish(run_folder: str | Path, hub: str | Path = "hub") -> Path:
@@ -59,13 +65,12 @@ def publish(run_folder: str | Path, hub: str | Path = "hub") -> Path:
     model, config = load_run(run, architecture=timm_architecture(recipe))
     config["gbn"]["sha256"] = sha256
     row = result_row(recipe, log_row, run.environments(), param_count=_param_count(model), sha256=sha256)
-    results = merge_result(read_results(hub / "results.csv"), row)
 
     folder = hub / recipe.name
-    hub.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=hub, prefix=".writing-") as scratch:
+    with _sole_writer(hub), tempfile.TemporaryDirectory(dir=hub, prefix=_ASIDE) as scratch:
+        results = merge_result(read_results(hub / "results.csv"), row)
         # Named as it will be: timm takes everything after "local-dir:" for the path.
-        aside = Path(scratch) / recipe.name
+        aside, replaced = Path(scratch) / recipe.name, Path(scratch) / _REPLACED / recipe.name
         aside.mkdir()
         (aside / "model.safetensors").write_bytes(weights)
         (aside / "config.json").write_text(_as_json(config), encoding="utf-8")
@@ -73,11 +78,16 @@ def publish(run_folder: str | Path, hub: str | Path = "hub") -> Path:
         (aside / "log.csv").write_bytes((run.folder / "log.csv").read_bytes())
         (aside / "README.md").write_text(model_card(config, recipe, results), encoding="utf-8")
         _check_loads(aside, checkpoint.model)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "replaced")
-        os.replace(aside, folder)
-    _replace(hub / "results.csv", as_csv(results))
-    refresh(hub)  # the ladder on other cards may have changed
+        replaced.parent.mkdir()
+        try:
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(aside, folder)
+        except BaseException:
+            _put_back(Path(scratch), hub)
+            raise
+        _replace(hub / "results.csv", as_csv(results))
+        _refresh(hub)  # the ladder on other cards may have changed
     return folder
 
 
@@ -90,17 +100,17 @@ def record_result(run_folder: str | Path, hub: str | Path = "hub") -> Path:
     """
     run, hub = Run(run_folder), Path(hub)
     recipe, (_, log_row) = run.recipe, run.finished()
-    results = read_results(hub / "results.csv")
-    if any(r["sha256"] for r in results if (r["model"], r["seed"]) == (recipe.name, str(recipe.seed))):
-        raise ValueError(
-            f"{run.folder}: the weights of {recipe.run_name} are published in {hub / recipe.name}; publish the run again"
-            " instead, or remove that folder and its row"
-        )
     model, _ = load_run(run)
-    hub.mkdir(parents=True, exist_ok=True)
     row = result_row(recipe, log_row, run.environments(), param_count=_param_count(model))
-    _replace(hub / "results.csv", as_csv(merge_result(results, row)))
-    refresh(hub)
+    with _sole_writer(hub):
+        results = read_results(hub / "results.csv")
+        if any(r["sha256"] for r in results if (r["model"], r["seed"]) == (recipe.name, str(recipe.seed))):
+            raise ValueError(
+                f"{run.folder}: the weights of {recipe.run_name} are published in {hub / recipe.name}; publish the run"
+                " again instead, or remove that folder and its row"
+            )
+        _replace(hub / "results.csv", as_csv(merge_result(results, row)))
+        _refresh(hub)
     return hub / "results.csv"
 
 
@@ -237,12 +247,25 @@ def refresh(hub: str | Path = "hub") -> None:
     """Write every card and the collection's index again, from results.csv and what lies in the hub folders.
 
     Raises:
-        ValueError: if a hub folder has no row in results.csv.
+        FileNotFoundError: if there is no such hub.
+        ValueError: if a hub folder has no row in results.csv, or a file of its is damaged.
     """
-    hub = Path(hub)
+    if not Path(hub).is_dir():
+        raise FileNotFoundError(f"{hub}: no such folder; wanted the hub/ that `gbnzoo publish RUN` makes, as --hub")
+    with _sole_writer(Path(hub)):
+        _refresh(Path(hub))
+
+
+def _refresh(hub: Path) -> None:
     results = read_results(hub / "results.csv")
     for path in hub.glob("*/config.json"):
-        config, recipe = json.loads(path.read_text(encoding="utf-8")), path.with_name("recipe.yaml")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); publish its run again, or remove the folder") from None
+        if not isinstance(config, dict) or "gbn" not in config:
+            continue  # somebody else's
+        recipe = path.with_name("recipe.yaml")
         text = recipe.read_text(encoding="utf-8")
         _replace(path.with_name("README.md"), model_card(config, load_recipe(recipe), results, text))
     rows = collection_rows(results, hub)
@@ -250,8 +273,36 @@ def refresh(hub: str | Path = "hub") -> None:
     _replace(hub / "index.html", collection_page(rows))
 
 
+@contextlib.contextmanager
+def _sole_writer(hub: Path) -> Iterator[None]:
+    """Wait until no other process writes to the hub, made where it is missing, and hold it; a process that dies lets go.
+
+    What a kill left half-written is removed. Where the file system knows no locks, nothing is held.
+    """
+    hub.mkdir(parents=True, exist_ok=True)
+    held = os.open(hub, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        for scratch in hub.glob(_ASIDE + "*"):
+            _put_back(scratch, hub)
+            shutil.rmtree(scratch)
+        for torn in [*hub.glob("*" + _TORN), *hub.glob("*/*" + _TORN)]:
+            torn.unlink()
+        yield
+    finally:
+        os.close(held)
+
+
+def _put_back(scratch: Path, hub: Path) -> None:
+    """The folder that was about to be replaced, where nothing has taken its place."""
+    for replaced in (scratch / _REPLACED).glob("*"):
+        if not (hub / replaced.name).exists():
+            os.replace(replaced, hub / replaced.name)
+
+
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".writing")
+    aside = path.with_name(path.name + _TORN)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 

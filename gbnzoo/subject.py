@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.utils.misc import natural_key
 from torch import nn
 from torchvision.transforms.functional import center_crop
 
@@ -40,6 +41,7 @@ class Settings:
         device: torch's name of it.
         amp: True for bf16 autocast, False for float32.
         channels_last: memory format of the model.
+        use_train_size: bring images to the size a timm model was trained at, where it is scored at another.
     """
 
     data: str | None = None
@@ -51,6 +53,7 @@ class Settings:
     device: str = "cpu"
     amp: bool | None = None
     channels_last: bool = True
+    use_train_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,18 @@ class Subject:
     model: nn.Module
     gbn: Mapping[str, Any]
 
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        return timm.data.resolve_model_data_config(self.model)
+    def preprocessing(self, settings: Settings) -> dict[str, Any]:
+        """What timm's cfg of the model says of its images: those it is scored on, unless `use_train_size`."""
+        return timm.data.resolve_model_data_config(self.model, use_test_size=not settings.use_train_size)
 
 
 def load_subject(
-    source: str, *, pretrained: bool = True, checkpoint: Path | None = None, num_classes: int | None = None
+    source: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
 ) -> Subject:
     """The model that a name on the command line means.
 
@@ -75,7 +83,7 @@ def load_subject(
         source: a hub folder, with or without `local-dir:`, a run's folder, `hf-hub:org/name`, or a name in timm.
         pretrained: False leaves a model named in timm with random weights.
         checkpoint: safetensors file with the weights of a model named in timm.
-        num_classes: of a model named in timm; None is its own number.
+        num_classes, in_chans: of a model named in timm; None is its own number.
 
     Raises:
         ValueError: if it is none of these, or its weights do not fit or are not to be trusted.
@@ -84,9 +92,12 @@ def load_subject(
     folder = Path(source.removeprefix("local-dir:"))
     is_hub, is_run = ((folder / file).is_file() for file in ("config.json", "recipe.yaml"))
     is_remote = source.startswith("hf-hub:")
-    if (is_hub or is_run or is_remote) and (checkpoint or not pretrained or num_classes):
+    overrides = {"num_classes": num_classes, "in_chans": in_chans}
+    overrides = {key: value for key, value in overrides.items() if value}
+    if (is_hub or is_run or is_remote) and (checkpoint or not pretrained or overrides):
         raise ValueError(
-            f"{source} has weights of its own; --checkpoint, --no-pretrained and --num-classes go with a name in timm"
+            f"{source} has weights of its own; --checkpoint, --no-pretrained, --num-classes and --in-chans go with a name in"
+            " timm"
         )
     if is_hub or is_remote:
         # Looked at here, whoever loads them: the weights of a twin name an architecture that timm loads without us.
@@ -105,13 +116,13 @@ def load_subject(
         if not checkpoint.is_file():
             raise ValueError(f"--checkpoint {checkpoint}: no such file; wanted a safetensors file")
         check_weights(checkpoint)
-    model = _create(source, pretrained=pretrained and not checkpoint, num_classes=num_classes)
+    model = _create(source, pretrained=pretrained and not checkpoint, **overrides)
     if checkpoint:
         load_weights(model, load_file(checkpoint), str(checkpoint))
     # Weights published by this project come from a hub folder, whatever name they were asked for by.
-    config = Path(model.pretrained_cfg.get("file") or "").parent / "config.json"
-    is_published = pretrained and not (checkpoint or num_classes) and config.is_file()
-    gbn = json.loads(config.read_text(encoding="utf-8")).get("gbn", {}) if is_published else {}
+    file = None if checkpoint or overrides or not pretrained else model.pretrained_cfg.get("file")
+    config = Path(file).with_name("config.json") if file else None
+    gbn = json.loads(config.read_text(encoding="utf-8")).get("gbn", {}) if config and config.is_file() else {}
     return Subject(source, model, gbn)
 
 
@@ -139,8 +150,11 @@ def find_device(name: str) -> torch.device:
 
 
 def images_for(subject: Subject, settings: Settings) -> data.ImageSet | ImageFiles:
-    """The images to measure with, brought to the model's size and normalised with its constants."""
-    wanted, gbn = subject.preprocessing, subject.gbn
+    """The images to measure with, brought to the model's size and normalised with its constants.
+
+    The classes of an image folder are in the order they had in training: in timm's for weights that are not this project's.
+    """
+    wanted, gbn = subject.preprocessing(settings), subject.gbn
     channels, height, width = wanted["input_size"]
     if not (settings.data or gbn):
         raise ValueError(f"{subject.name}: --data is needed, its weights do not say what they were trained on")
@@ -153,7 +167,7 @@ def images_for(subject: Subject, settings: Settings) -> data.ImageSet | ImageFil
     is_own = has_own_images(subject, settings)
     own = Data.model_validate(gbn["data"]) if gbn else None
     name = settings.data or own.name
-    split = settings.split or gbn.get("split") or data.scored_split(name)
+    split = settings.split or gbn.get("split") or data.scored_split(name, settings.data_dir)
     crop_pct = settings.crop_pct or wanted["crop_pct"]
     if is_own and own.transform:
         images = open_images(own, split, data_dir=settings.data_dir)
@@ -181,10 +195,18 @@ def images_for(subject: Subject, settings: Settings) -> data.ImageSet | ImageFil
             f"{subject.name} was trained on images of {height} × {width}, those of {images.name} are {found[1]} × {found[2]};"
             f" --img-size {height} resizes them"
         )
+    if name == "imagefolder" and not gbn:
+        images = _in_order(images, sorted(images.class_names, key=natural_key))
     if isinstance(images, ImageFiles):
-        return replace(images, spec=replace(images.spec, mean=wanted["mean"], std=wanted["std"]))
+        spec = replace(images.spec, mean=wanted["mean"], std=wanted["std"])
+        return replace(images, spec=spec, crop_mode=wanted["crop_mode"])
     cropped = center_crop(images.images.permute(0, 3, 1, 2), [height, width]).permute(0, 2, 3, 1)
     return replace(images, images=cropped, mean=wanted["mean"], std=wanted["std"])
+
+
+def _in_order(images: data.ImageSet | ImageFiles, class_names: list[str]) -> data.ImageSet | ImageFiles:
+    places = torch.tensor([class_names.index(name) for name in images.class_names])
+    return replace(images, labels=places[images.labels], class_names=tuple(class_names))
 
 
 def has_own_images(subject: Subject, settings: Settings) -> bool:

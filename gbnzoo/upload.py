@@ -1,4 +1,7 @@
-"""A hub folder goes to the Hub: its five files, byte for byte, in one commit on top of the one it was compared with."""
+"""A hub folder goes to the Hub: its five files in one commit on top of the one it was compared with.
+
+Byte for byte, but that its card names the repo it is in.
+"""
 
 import hashlib
 import json
@@ -10,7 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from gbnzoo.card import check_card
 from gbnzoo.pretrained import HTTPError, patiently, without_token
-from gbnzoo.weights import WEIGHTS_FILE, check_weights, sha256_of
+from gbnzoo.recipe import load_recipe
+from gbnzoo.weights import ORGANIZATION, WEIGHTS_FILE, check_weights, sha256_of
 
 HUB_FILES = ("README.md", "config.json", "log.csv", WEIGHTS_FILE, "recipe.yaml")
 
@@ -21,9 +25,10 @@ class UploadError(OSError):
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a hub folder, as it will be on the Hub."""
+    """One file of a hub folder, as it will be on the Hub: where it lies, or what is in it."""
 
-    path: Path
+    name: str
+    content: Path | bytes
     num_bytes: int
     sha256: str
 
@@ -38,12 +43,16 @@ class Upload:
     changed: tuple[str, ...]
 
 
-def hub_files(folder: str | Path) -> list[HubFile]:
+def hub_files(folder: str | Path, organization: str | None = None) -> list[HubFile]:
     """The files of a hub folder, after each was checked for what the Hub and its readers rely on. Needs no network.
 
+    Args:
+        folder: made by `gbnzoo publish RUN`.
+        organization: that they are to be a repo of, as its card says; gbnzoo's own unless given.
+
     Raises:
-        ValueError: if the folder is not one that `gbnzoo publish` made: another file, one missing, a link, weights that are
-            not those of config.json, a card that the Hub would refuse.
+        ValueError: if the folder is not one that `gbnzoo publish` made: another file, one missing or damaged, a link, weights
+            that are not those of config.json, a card that the Hub would refuse.
     """
     folder = Path(folder)
     found = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
@@ -55,12 +64,27 @@ def hub_files(folder: str | Path) -> list[HubFile]:
     # A link would publish what it points to, wherever that is.
     if odd := [name for name, path in found.items() if path.is_symlink() or not path.is_file()]:
         raise ValueError(f"{folder}: {', '.join(sorted(odd))} is a link or a folder; wanted the file itself")
-    gbn = json.loads(found["config.json"].read_text(encoding="utf-8")).get("gbn", {})
-    if gbn.get("name") != folder.resolve().name:
-        raise ValueError(f"{folder}: holds {gbn.get('name')}, whose folder must have that name")
-    check_weights(found[WEIGHTS_FILE], gbn["sha256"])
-    check_card(found["README.md"].read_text(encoding="utf-8"))
-    return [HubFile(path, path.stat().st_size, sha256_of(path)) for _, path in sorted(found.items())]
+    name = folder.resolve().name
+    try:
+        gbn = json.loads(found["config.json"].read_text(encoding="utf-8"))["gbn"]
+        published, sha256 = gbn["name"], gbn["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: its config.json is not what `gbnzoo publish RUN` makes: {type(error).__name__} {error}"
+        ) from None
+    if published != name:
+        raise ValueError(f"{folder}: holds {published}, whose folder must have that name")
+    check_weights(found[WEIGHTS_FILE], sha256)
+    load_recipe(found["recipe.yaml"])
+    card = found["README.md"].read_text(encoding="utf-8")
+    check_card(card)
+    card = card.replace(f"hf-hub:{ORGANIZATION}/{name}", f"hf-hub:{organization or ORGANIZATION}/{name}").encode()
+    return [
+        HubFile(file, card, len(card), hashlib.sha256(card).hexdigest())
+        if file == "README.md"
+        else HubFile(file, path, path.stat().st_size, sha256_of(path))
+        for file, path in sorted(found.items())
+    ]
 
 
 def upload(folder: str | Path, organization: str, *, private: bool = False, revision_tag: str | None = None) -> Upload:
@@ -80,7 +104,7 @@ def upload(folder: str | Path, organization: str, *, private: bool = False, revi
         ValueError: if the folder is not as it must be, the repo is public and was to be private, or the tag is taken.
         UploadError: if the Hub refuses or cannot be reached, or somebody else published meanwhile.
     """
-    files = hub_files(folder)
+    files = hub_files(folder, organization)
     repo = f"{organization}/{Path(folder).resolve().name}"
     try:
         return _upload(HfApi(), repo, files, private=private, revision_tag=revision_tag)
@@ -106,12 +130,12 @@ def _upload(api: HfApi, repo: str, files: list[HubFile], *, private: bool, revis
             f"{url}: revision {revision_tag} is commit {tagged[revision_tag][:12]} already; wanted another --revision-tag"
         )
     commit = _commit(api, repo, head.sha, changed, files) if changed else head.sha
-    weights_tag = next(file.sha256[:12] for file in files if file.path.name == WEIGHTS_FILE)
+    weights_tag = next(file.sha256[:12] for file in files if file.name == WEIGHTS_FILE)
     tags = tuple(filter(None, (weights_tag, revision_tag)))
     for tag in tags:
         if tag not in tagged:
             patiently(api.create_tag, repo, tag=tag, revision=commit, exist_ok=True)
-    return Upload(url, commit, tags, tuple(file.path.name for file in changed))
+    return Upload(url, commit, tags, tuple(file.name for file in changed))
 
 
 def _commit(api: HfApi, repo: str, parent: str, changed: list[HubFile], files: list[HubFile]) -> str:
@@ -120,8 +144,8 @@ def _commit(api: HfApi, repo: str, parent: str, changed: list[HubFile], files: l
         return patiently(
             api.create_commit,
             repo,
-            [CommitOperationAdd(file.path.name, file.path) for file in changed],
-            commit_message=f"gbnzoo publish: {', '.join(file.path.name for file in changed)}",
+            [CommitOperationAdd(file.name, file.content) for file in changed],
+            commit_message=f"gbnzoo publish: {', '.join(file.name for file in changed)}",
             parent_commit=parent,
         ).oid
     except RuntimeError as error:  # hides why a large file was not taken
@@ -143,16 +167,16 @@ def _commit(api: HfApi, repo: str, parent: str, changed: list[HubFile], files: l
 
 def _changed(api: HfApi, repo: str, commit: str, files: list[HubFile]) -> list[HubFile]:
     """The files that a commit lacks or has otherwise."""
-    names = [file.path.name for file in files]
+    names = [file.name for file in files]
     there = {info.path: info for info in patiently(api.get_paths_info, repo, names, revision=commit)}
 
     def is_there(file: HubFile) -> bool:
-        if (info := there.get(file.path.name)) is None:
+        if (info := there.get(file.name)) is None:
             return False
         if info.lfs:
             return info.lfs.sha256 == file.sha256
         # Small files are git's own blobs.
-        content = file.path.read_bytes()
+        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
         return info.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
     return [file for file in files if not is_there(file)]

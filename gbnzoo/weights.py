@@ -123,7 +123,9 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     file_bytes = Path(path).stat().st_size
     require(file_bytes >= 8, f"{file_bytes} bytes are no safetensors file")
     with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        require(first != b"version ", "is a pointer of Git LFS; `git lfs pull` fetches the weights it stands for")
+        header_bytes = int.from_bytes(first, "little")
         require(
             header_bytes <= min(file_bytes - 8, _MAX_HEADER_BYTES),
             f"a header of {header_bytes} bytes is announced, the file has {file_bytes};"

@@ -103,7 +103,7 @@ def test_folding_is_one_ghost_after_the_other(momentum, ghosts, channels):
         for tensor, statistics in zip(true, (mean, variance), strict=True):
             tensor.lerp_(statistics[i].double(), momentum)
     count, keep = torch.tensor(7), 1 - momentum
-    cpu.fold(mean, variance, cpu.Folding(*running, count, ghosts, keep**ghosts, keep, momentum))
+    cpu.fold(mean, variance, cpu.Folding(*running, count, cpu.Decay(ghosts, keep**ghosts, keep, momentum)))
     torch.testing.assert_close([tensor.double() for tensor in running], true, rtol=1e-6, atol=1e-6)
     assert count == 7 + ghosts
 

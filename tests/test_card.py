@@ -128,6 +128,48 @@ def test_results_with_other_columns_are_refused(tmp_path):
         read_results(path)
 
 
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("seed", "0.0", r"line 2: seed '0\.0'; wanted a whole number"),
+        ("top1", "", r"line 2: top1 ''; wanted a number"),
+        ("rung", "gbm", r"line 2: rung 'gbm'; wanted one of sb, lb"),
+        ("sha256", "aa,bb", r"line 2: has more than the 25 cells wanted"),
+    ],
+)
+def test_a_row_that_was_edited_amiss_is_named(column, cell, message, tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(as_csv([row() | {column: cell}]).replace('"', ""))
+    with pytest.raises(ValueError, match=message):
+        read_results(path)
+
+
+def test_what_git_leaves_of_a_conflict_is_named(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(as_csv([row()]) + "<<<<<<< HEAD\n")
+    with pytest.raises(ValueError, match=r"results.csv, line 3: has fewer than the 25 cells wanted"):
+        read_results(path)
+
+
+def test_results_that_a_spreadsheet_wrote_are_read(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(as_csv([row()]), encoding="utf-8-sig")
+    assert read_results(path) == [row()]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_another_recipes_row_is_not_taken_for_a_seed(seed):
+    other = row(seed=seed) | {"recipe": "recipes/digits/resnet8_thin_gbn.yaml base.lr=0.5 --rung gbn --seed 1"}
+    with pytest.raises(ValueError, match=r"already the name of another recipe's results, seed 0: .*tag=NAME"):
+        merge_result([row()], other)
+
+
+def test_the_same_recipe_in_other_words_is_another_seed():
+    rows = [row() | {"recipe": "recipes/digits/resnet8_thin_gbn.yaml --rung gbn --seed 0"}]
+    same = "recipes/digits/resnet8_thin_gbn.yaml seed=5 base.lr=0.05 --rung gbn --seed 1"
+    assert len(merge_result(rows, row(seed=1) | {"recipe": same})) == 2
+
+
 def test_a_ladder_is_the_mean_and_sample_deviation_over_seeds():
     rows = [row(91.0, rung="ra", seed=0), row(80.0), row(82.0, seed=1), row(84.0, seed=2), row(90.0, rung="sb")]
     sb, gbn, ra = group_by_rung(rows)

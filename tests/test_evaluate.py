@@ -178,6 +178,14 @@ def test_the_table_and_the_results_file(published, data_dir, tmp_path):
     assert sorted(row["model"] for row in json.loads(file.read_text())) == [NAME, f"{NAME}-seed0"]
 
 
+def test_what_was_measured_before_an_error_is_told(hub, data_dir, tmp_path):
+    out = tmp_path / "results.csv"
+    result = run_cli(hub / NAME, "nowhere", "--data-dir", data_dir, "--results-file", out)
+    assert result.exit_code == 2
+    assert f"| {NAME} | shapes | test " in result.output
+    assert out.read_text().splitlines()[1].startswith(f"{NAME},8,")
+
+
 def test_a_results_file_of_other_columns_is_not_added_to(hub, data_dir, tmp_path):
     (file := tmp_path / "other.csv").write_text("model,top1\n")
     result = run_cli(hub / NAME, "--data-dir", data_dir, "--results-file", file)
@@ -396,6 +404,28 @@ def test_check_says_what_is_not_at_hand(hub, data_dir, tmp_path):
     result = check(hub, data_dir)
     assert result.exit_code == 0
     assert "its weights are not at hand" in result.output
+
+
+def test_check_goes_on_behind_a_damaged_folder(hub, data_dir, tmp_path):
+    other = publish(finished_run(tmp_path, rung="sb"), hub)
+    (other / "config.json").write_text('{"gbn": ')
+    result = run_cli("--check", "--hub", hub, "--data-dir", data_dir)
+    assert (result.exit_code, "1 agree, 1 differ, 0 not checked" in result.output) == (1, True), result.output
+    assert "it cannot be measured" in result.output
+
+
+def test_a_config_that_lies_where_one_works_is_not_a_models_own(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"gbn": {"name": "other", "precision": "bf16"}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.load_subject.__globals__["timm"], "create_model", create_without_weights)
+    assert evaluate.load_subject("test_resnet").gbn == {}
+
+
+create_model = timm.create_model
+
+
+def create_without_weights(name, pretrained, **options):
+    return create_model(name, **options)
 
 
 def test_check_of_no_results_says_so(tmp_path, data_dir):

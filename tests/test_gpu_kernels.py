@@ -242,7 +242,7 @@ class TestOnGPU:
             for tensor, statistics in zip(true, (mean, variance), strict=True):
                 tensor.lerp_(statistics[i].double(), 0.1)
         count = torch.tensor(7, device="cuda")
-        folding = cpu.Folding(*running, count, ghosts, 0.9**ghosts, 0.9, 0.1)
+        folding = cpu.Folding(*running, count, cpu.Decay(ghosts, 0.9**ghosts, 0.9, 0.1))
         assert kernels.pick_fold(mean, folding[:3]) is cpu.fold
         cpu.fold(mean, variance, folding)
         torch.testing.assert_close([tensor.double() for tensor in running], true, rtol=1e-5, atol=1e-6)

@@ -143,6 +143,13 @@ def test_one_command_makes_a_repo_with_one_commit_and_its_tags(hub, publisher, f
     assert "model.safetensors: 100%" in reply.said
 
 
+def test_a_card_names_the_repo_it_is_in(hub, publisher, folder):
+    assert publisher(PUBLISH, arguments=[str(folder), "--to", "alice"]).result == 0
+    card = hub.content(f"alice/{folder.name}")["README.md"].decode()
+    assert f'"hf-hub:alice/{folder.name}"' in card
+    assert "hf-hub:gbnzoo" not in card
+
+
 def test_publishing_again_sends_nothing(hub, publisher, folder):
     published_to(publisher, folder)
     head = hub.head(REPO)

@@ -453,6 +453,31 @@ def test_others_weights_are_scored_on_folders_as_timm_does(tmp_path):
     assert (row["img_size"], row["crop_pct"], row["interpolation"]) == ("32", "0.800", cfg["interpolation"])
 
 
+@pytest.mark.parametrize("use_train_size", [False, True])
+def test_others_weights_are_tested_as_timms_validate_does(use_train_size, tmp_path):
+    """At their size for tests, cropped in their mode, classes in timm's order, on validation images if there are no others."""
+    for k, photo in enumerate(photos(12, 0)):
+        (folder := tmp_path / "images" / "val" / f"{k}").mkdir(parents=True)
+        (folder / f"{k}.jpeg").write_bytes(photo)
+    torch.manual_seed(0)
+    cfg = {"test_input_size": (3, 40, 40), "crop_pct": 0.7, "test_crop_pct": 0.9, "crop_mode": "squash"}
+    model = timm.create_model("test_resnet", num_classes=12, pretrained_cfg_overlay=cfg | {"input_size": (3, 24, 24)})
+    chosen = evaluate.Settings("imagefolder", tmp_path / "images", use_train_size=use_train_size)
+    metrics, row = evaluate.measure(evaluate.Subject("test_resnet", model.eval(), {}), chosen)
+    cfg = timm.data.resolve_model_data_config(model, use_test_size=not use_train_size)
+    assert (cfg["input_size"][-1], cfg["crop_mode"]) == (24 if use_train_size else 40, "squash")
+    transform = timm.data.create_transform(**cfg)
+    classes = timm.data.create_dataset("", str(tmp_path / "images" / "val")).reader.class_to_idx
+    with torch.no_grad():
+        logits = model(torch.stack([transform(image) for image in pictures((12,), 0)]))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([classes[f"{k}"] for k in range(12)])).item()
+    assert metrics.loss == pytest.approx(loss, rel=1e-4)
+    assert (row["split"], row["img_size"], row["crop_pct"]) == (
+        "validation",
+        *(("24", "0.700") if use_train_size else ("40", "0.900")),
+    )
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("imagenet/")])
 def test_imagenet_recipes_read_augment_and_update(name, data_dir):
     """Whatever a recipe asks of timm's transforms and optimizers, on a small network and small photographs."""

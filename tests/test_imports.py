@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "readmes": {"card", "charts", "report"},
     "collection": {"card", "recipe", "weights"},
     "publish": {"models", "recipe", "run", "card", "collection", "pretrained", "weights"},
-    "upload": {"card", "pretrained", "weights"},
+    "upload": {"card", "pretrained", "recipe", "weights"},
     "report": {"card", "charts", "diffusion", "page", "recipe", "records", "regime", "run"},
     "watch": {"run"},
     "subject": {"data", "image_files", "models", "pretrained", "publish", "recipe", "run", "trainer", "weights"},

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+from multiprocessing import Process
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -212,6 +215,10 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, monkeypat
         (lambda f: f.rename(f.with_name("other")), f"holds {NAME}, whose folder must have that name"),
         (lambda f: (f / "README.md").write_text("---\n---\n"), "would be refused by the Hub"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "no safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "`git lfs pull` fetches"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is not what `gbnzoo publish RUN` makes"),
+        (lambda f: (f / "config.json").write_text('{"gbn": {}}'), "config.json is not what .* KeyError 'name'"),
+        (lambda f: (f / "recipe.yaml").write_text("x: 1"), "recipe.yaml"),
     ],
 )
 def test_a_folder_that_is_not_as_publish_made_it_is_not_uploaded(damage, message, tmp_path, hub):
@@ -235,6 +242,73 @@ def test_another_seed_takes_the_folder_over(tmp_path, hub):
     assert torch.equal(load_file(folder / "model.safetensors")["conv1.weight"], weights["conv1.weight"])
     assert [bool(rows(hub)[NAME, seed]["sha256"]) for seed in ("0", "1")] == [False, True]
     assert {path.name for path in hub.iterdir()} == {NAME, *INDEX}
+
+
+def publish_seeds(hub, runs, seeds):
+    for seed in seeds:
+        publish(finished_run(runs, seed=seed, rung="sb"), hub)
+        record_result(finished_run(runs, seed=seed), hub)
+
+
+def test_of_several_publishers_at_once_none_loses_a_row(tmp_path, hub):
+    processes = [Process(target=publish_seeds, args=(hub, tmp_path / str(k), range(k, 9, 3))) for k in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert {seed for _, seed in rows(hub)} == set("012345678")
+    assert len(rows(hub)) == 18
+    assert {path.name for path in hub.iterdir()} == {"resnet8_thin_gbn.shapes_sb4", *INDEX}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_who_is_interrupted_leaves_the_folder_that_was_there(tmp_path, hub, monkeypatch, failing):
+    before = contents(publish(finished_run(tmp_path), hub))
+    moves = []
+
+    def interrupted(source, target):
+        if Path(source).is_dir():
+            moves.append(target)
+            if len(moves) == failing:
+                raise KeyboardInterrupt
+        os.rename(source, target)
+
+    monkeypatch.setattr("gbnzoo.publish.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(finished_run(tmp_path, seed=1), hub)
+    assert contents(hub / NAME) == before
+    assert {path.name for path in hub.iterdir()} == {NAME, *INDEX}
+
+
+def test_what_a_kill_left_is_put_back_and_cleared_away(tmp_path, hub):
+    folder = publish(finished_run(tmp_path), hub)
+    before = contents(folder)
+    scratch = hub / ".writing-killed"
+    (scratch / "replaced").mkdir(parents=True)
+    folder.rename(scratch / "replaced" / NAME)
+    (scratch / NAME).mkdir()
+    (hub / "results.csv.writing").touch()
+    refresh(hub)
+    assert contents(folder) == before
+    assert {path.name for path in hub.iterdir()} == {NAME, *INDEX}
+
+
+def test_other_peoples_folders_in_the_hub_are_passed_by(tmp_path, hub):
+    run = finished_run(tmp_path)
+    (hub / "theirs").mkdir(parents=True)
+    for config in ("{}", "[1]", '{"architecture": "resnet18"}'):
+        (hub / "theirs" / "config.json").write_text(config)
+        publish(run, hub)
+    (hub / "theirs" / "config.json").write_text('{"gbn": ')
+    with pytest.raises(ValueError, match=r"theirs/config.json is damaged \(Expecting value"):
+        refresh(hub)
+
+
+def test_a_hub_that_is_not_there_is_not_made(hub):
+    with pytest.raises(FileNotFoundError, match=r"hub: no such folder"):
+        refresh(hub)
+    assert not hub.exists()
 
 
 def test_channels_last_weights_are_published(tmp_path, hub):

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from gbnzoo.kernels import reference
@@ -40,6 +39,8 @@ _INTERFACE = 5  # of the functions in those .cpp
 _FORWARD_ARGUMENTS, _BACKWARD_ARGUMENTS = struct.Struct("7q9Qq4d"), struct.Struct("7q10Q")
 _PLAIN_CLASSES = (Tensor, Parameter)
 _FLOAT = torch.float32
+_VALUE = torch.zeros((), dtype=_FLOAT, device="cpu")
+_increment_version = torch._C._increment_version  # torch.autograd.graph's, without a look at what it was given
 
 
 def _folders() -> Iterator[Path]:
@@ -80,16 +81,22 @@ def _opened(path: Path) -> ctypes.CDLL | None:
 LIBRARY = next(filter(None, map(load, INSTRUCTION_SETS)), None)
 
 
-class Folding(NamedTuple):
+class Decay(NamedTuple):
     """How a batch's G ghosts are folded into running statistics: r ← keep · r + last · Σ_g step^(G-1-g) · s_g."""
 
-    mean: Tensor  # the running ones, float32 [C], changed in place
-    variance: Tensor
-    count: Tensor  # int64, which grows by `counted`
-    counted: int
+    counted: int  # that the count grows by
     keep: float
     step: float
     last: float
+
+
+class Folding(NamedTuple):
+    """The running statistics that a batch is folded into, changed in place."""
+
+    mean: Tensor  # float32 [C]
+    variance: Tensor
+    count: Tensor  # int64
+    decay: Decay
 
 
 def ghost_batch_norm(
@@ -153,13 +160,13 @@ def fold_and_normalize(
         return None
     y = _DirectGhostBatchNorm.apply(x, residual, weight, bias, (plan, ghost_rows, eps, relu, folding))
     if running:
-        increment_version(running)
+        _increment_version(running)
     return y
 
 
 def fold(mean: Tensor, variance: Tensor, folding: Folding) -> None:
     """Fold the statistics [G, C] of a batch's ghosts into the running ones, in one kernel."""
-    torch.ops.gbnzoo.fold_ghosts(mean, variance, *folding)
+    torch.ops.gbnzoo.fold_ghosts(mean, variance, *folding[:3], *folding.decay)
 
 
 def is_watched() -> bool:
@@ -304,7 +311,8 @@ class Plan(NamedTuple):
     """What a tensor's layout says to the kernel."""
 
     shape: tuple[int, ...]  # the first arguments of its functions
-    statistics: tuple[int, ...]
+    statistics: Tensor  # [3, G, C] and [C] to make others like, which is faster than to make them from sizes
+    parameter: Tensor
     channels: tuple[int, ...]
     has_values: bool  # more than one per channel in each ghost
 
@@ -320,7 +328,8 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...], ghost_rows: int) -> 
             return None
     has_values = channels > 0 and min(samples, ghost_rows) * math.prod(pixels) > 1
     numbers = samples, channels, math.prod(pixels), ghost_rows, is_last
-    return Plan(numbers, (3, max(1, samples // ghost_rows), channels), (channels,), has_values)
+    statistics = _VALUE.expand(3, max(1, samples // ghost_rows), channels)
+    return Plan(numbers, statistics, _VALUE.expand(channels), (channels,), has_values)
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -388,11 +397,11 @@ def _forward(x, residual, weight, bias, ghost_rows, eps, relu):
 
 
 def _run_forward(x, residual, weight, bias, plan, eps, relu, folding):
-    y, statistics = torch.empty_like(x), x.new_empty(plan.statistics, dtype=torch.float32)
+    y, statistics = torch.empty_like(x), torch.empty_like(plan.statistics)
     if folding is None:
         running, numbers = (0, 0, 0), (0, eps, 0.0, 0.0, 0.0)
     else:
-        mean, variance, count, counted, keep, step, last = folding
+        mean, variance, count, (counted, keep, step, last) = folding
         running, numbers = (mean.data_ptr(), variance.data_ptr(), count.data_ptr()), (counted, eps, keep, step, last)
     arguments = _FORWARD_ARGUMENTS.pack(
         *plan.shape, relu, torch.get_num_threads(),
@@ -414,7 +423,7 @@ def _run_backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
     dy = _as(dy, x)
     weight, bias = _wide(weight), _wide(bias)
     dx, dresidual = torch.empty_like(x), None if y is None else torch.empty_like(x)
-    dweight, dbias = statistics.new_empty(plan.channels), statistics.new_empty(plan.channels)
+    dweight, dbias = torch.empty_like(plan.parameter), torch.empty_like(plan.parameter)
     arguments = _BACKWARD_ARGUMENTS.pack(
         *plan.shape, relu, torch.get_num_threads(),
         dy.data_ptr(), x.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), statistics.data_ptr(),
