@@ -600,7 +600,8 @@ def _training(config: Mapping[str, Any], row: Mapping[str, str], recipe: Recipe,
     if regime.schedule in ("cosine", "linear"):
         rate += f", {regime.schedule} decay to 0"
     optimizer = recipe.optimizer
-    settings = f"{optimizer.name}, momentum {optimizer.momentum:g}, weight decay {optimizer.weight_decay:g}"
+    reset = ", reset each epoch" if optimizer.reset_momentum_each_epoch else ""
+    settings = f"{optimizer.name}, momentum {optimizer.momentum:g}{reset}, weight decay {optimizer.weight_decay:g}"
     if regime.clip_grad_norm:
         settings += f", gradient norm clipped at {regime.clip_grad_norm:g}"
     facts = {

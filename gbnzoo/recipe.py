@@ -193,12 +193,14 @@ class Optimizer(_Section):
     """One of timm's optimizers. `sgd` is the paper's, without Nesterov's momentum unless `nesterov: true`.
 
     `clip_grad_norm` acts from rung `lr` on, as in the paper's table. `decay_norm_and_bias: false` keeps weight decay off
-    every one-dimensional parameter.
+    every one-dimensional parameter. `reset_momentum_each_epoch` sets what momentum has gathered back to zero as each pass over
+    the data begins, as the authors' code does for F1, the ResNets and the wide ones, by making SGD anew.
     """
 
     name: str = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
+    reset_momentum_each_epoch: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_norm_and_bias: bool = True
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -211,6 +213,12 @@ class Optimizer(_Section):
         nesterov="optimizer.nesterov",
         filter_bias_and_bn="optimizer.decay_norm_and_bias",
     )
+
+    @model_validator(mode="after")
+    def _resets_what_is_there(self) -> "Optimizer":
+        if self.reset_momentum_each_epoch and self.name != "sgd":
+            raise ValueError(f"reset_momentum_each_epoch: given with {self.name}; wanted name: sgd, or without it")
+        return self
 
 
 class Large(_Section):

@@ -91,6 +91,10 @@ class Regime:
         """No update's is higher."""
         return self.lr * max(math.prod(self.lr_decay[:k]) for k in range(len(self.lr_decay) + 1))
 
+    def begins_epoch(self, update: int) -> bool:
+        """Whether an update is the first that begins in its pass over the data, the very first pass aside."""
+        return update * self.batch_size // self.num_samples > max(0, update - 1) * self.batch_size // self.num_samples
+
     def lr_at(self, update: int) -> float:
         """Learning rate of one update.
 

@@ -222,6 +222,11 @@ class Trainer:
         return time.perf_counter() - self._clock_zero
 
     def set_rates(self, update: int) -> None:
+        """The optimizer's rate, weight decay and gathered momentum, as an update begins with them."""
+        if self.recipe.optimizer.reset_momentum_each_epoch and self.regime.begins_epoch(update):
+            for state in self.optimizer.state.values():
+                if (momentum := state.get("momentum_buffer")) is not None:
+                    momentum.zero_()
         # Accelerate steps a prepared scheduler once per process, so the rate is set here.
         for group in self.optimizer.param_groups:
             group["lr"] = self.regime.lr_at(update)
