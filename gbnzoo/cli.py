@@ -244,7 +244,9 @@ def diagnose_command(
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="folder for the results; else diagnosis/<name>")] = None,
     only: Annotated[str, typer.Option(help="which of these")] = ",".join(PARTS),
-    samples: Annotated[int, typer.Option(min=1, help="training images that the loss is the mean over")] = 2048,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="training images that the loss is the mean over  [default: 2048, or all]")
+    ] = None,
     ghosts: Annotated[
         int | None, typer.Option(min=3, help="for the noise scale  [default: 64, or as many as there are images for]")
     ] = None,

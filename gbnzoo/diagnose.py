@@ -105,6 +105,7 @@ class Diagnosis:
     lr_scaling: str
     noise_scale: NoiseScale | None = None
     hessian: Spectrum | None = None
+    relative_hessian: Spectrum | None = None
     sharpness: Sharpness | None = None
     sharpness_subspace: Sharpness | None = None
     potential: Potential | None = None
@@ -231,7 +232,7 @@ def diagnose(
     subject: Subject,
     *,
     only: Sequence[str] = PARTS,
-    samples: int = 2048,
+    samples: int | None = None,
     ghosts: int | None = None,
     ghost_batch_size: int | None = None,
     statistics: Statistics = "running",
@@ -249,16 +250,17 @@ def diagnose(
 
     Costs, in passes over an image (a gradient is about 3 forward passes, a Hessian product 7): potential
     10 · directions · samples forward; sharpness about 50 · samples gradients, in the subspace as many and 2 · 50 products
-    with a matrix of `subspace` × weights, which is held in memory; hessian about (6 + 4 · eigenvalues) · samples Hessian
+    with a matrix of `subspace` × weights, which is held in memory; hessian about (14 + 4 · eigenvalues) · samples Hessian
     products at least; noise_scale 2 · ghosts · ghost_batch_size gradients.
 
     Args:
         only: which of PARTS.
-        samples: training images that the loss is the mean over, for all but the noise scale.
+        samples: training images that the loss is the mean over, for all but the noise scale; None is 2,048, or all.
         ghosts: for the noise scale, at least 3; None is 64, or as many as there are training images for.
         ghost_batch_size: samples of a ghost; None is the recipe's, or 32.
         statistics: that BatchNorm normalises by, except for the noise scale.
-        eigenvalues: how many of the Hessian's largest.
+        eigenvalues: how many of the Hessian's largest; besides, the largest of N·H·N, N holding for each weight the norm of
+            its tensor.
         epsilon: of the sharpness.
         subspace: random directions of its variant.
         directions: of the potential, at least 2.
@@ -272,11 +274,18 @@ def diagnose(
     Raises:
         ValueError: if a number is impossible, or the loss around the weights cannot be measured.
     """
+    if distance is not None and not (math.isfinite(distance) and distance > 0):
+        raise ValueError(f"--distance {distance:g}: wanted a number above 0")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"--epsilon {epsilon:g}: wanted a number above 0")
     if unknown := [part for part in only if part not in PARTS]:
         raise ValueError(f"--only {','.join(only)}: {unknown[0]!r} is none of {', '.join(PARTS)}")
     where = find_device(device)
     size = ghost_batch_size or subject.ghost_batch_size
     piece = size if statistics == "ghosts" else EVALUATION_BATCH_SIZE
+    if samples is None:
+        samples = min(2048, len(subject.train_set))
+        samples -= samples % size if statistics == "ghosts" else 0
     if statistics == "ghosts" and samples % size:
         fits = " or ".join(f"{n:,}" for n in (samples - samples % size, samples - samples % size + size) if n)
         raise ValueError(f"--samples {samples} makes no whole ghosts of {size}; wanted {fits}, or --ghost-batch-size")
@@ -313,6 +322,10 @@ def diagnose(
     if "hessian" in only:
         report("hessian")
         results["hessian"] = top_eigenvalues(landscape.hessian_product, point, generator("hessian"), count=eigenvalues)
+        norms = torch.cat([p.detach().norm().expand(p.numel()) for p in landscape.parameters])
+        results["relative_hessian"] = top_eigenvalues(
+            lambda vector: norms * landscape.hessian_product(norms * vector), point, generator("hessian"), count=1
+        )
     if "sharpness" in only:
         report("sharpness")
         search = functools.partial(
@@ -468,11 +481,12 @@ def as_text(diagnosis: Diagnosis) -> str:
     if diagnosis.hessian:
         for i, value in enumerate(diagnosis.hessian.eigenvalues, 1):
             add(f"Hessian λ{i}", value, f"{diagnosis.hessian.products} products" if i == 1 else "")
-        # BatchNorm undoes a scaling of the weights before it, which changes λ and the sharpness's box, but not this.
+    if diagnosis.relative_hessian:
+        # BatchNorm undoes a scaling of the layer before it, which changes λ and the sharpness's box, but not this.
         add(
-            "λ1·‖w‖²",
-            diagnosis.hessian.eigenvalues[0] * diagnosis.weight_norm**2,
-            "unmoved by a scale that BatchNorm undoes",
+            "relative λ1",
+            diagnosis.relative_hessian.eigenvalues[0],
+            "each tensor in units of its norm: unmoved by a scale that BatchNorm undoes",
         )
     if diagnosis.sharpness:
         add("sharpness, all weights", diagnosis.sharpness.percent, f"%, ε = {settings['epsilon']:g}")

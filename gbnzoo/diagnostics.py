@@ -227,7 +227,7 @@ def fit_potential(
 
     Args:
         distances: [k], k >= 4, rising, above 0.
-        differences: [directions, k], directions >= 2.
+        differences: [directions, k], directions >= 2; of fewer than 5 there is no interval.
         rng: draws the resamples.
 
     Raises:
@@ -246,6 +246,7 @@ def fit_potential(
         raise ValueError(
             f"the loss is not finite at distance {far:g} from the point; a smaller largest distance may help"
         )
+    wanted_for_an_interval = 5  # of fewer directions resamples are too few and too alike
     if not (differences**2).mean(0).all() or not differences.std(0).all():
         raise ValueError(
             f"the loss does not change within distance {d[0]:g} of the point; a larger smallest distance may help"
@@ -260,9 +261,11 @@ def fit_potential(
         return np.log(moments[..., part]) @ centred / (centred @ centred)
 
     def estimate(moments: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Estimate:
-        low, high = np.quantile(slope(moments(draws)), (0.025, 0.975))
+        low, high = -math.inf, math.inf
+        if directions >= wanted_for_an_interval:
+            low, high = np.quantile(slope(moments(draws)), (0.025, 0.975)).tolist()
         whole = np.full((1, directions), 1 / directions)
-        return Estimate(slope(moments(whole)).item(), low.item(), high.item())
+        return Estimate(slope(moments(whole)).item(), low, high)
 
     def mean_squares(shares: NDArray[np.float64]) -> NDArray[np.float64]:
         return shares @ differences**2
@@ -336,7 +339,7 @@ def sharpness(
         iterations: of each search, at least 1.
 
     Raises:
-        ValueError: if A would take over half of the free memory.
+        ValueError: if A would take over half of the free memory, or the loss is not finite where it is looked at.
 
     Source: Keskar et al. 2017, arXiv 1609.04836, metric 2.1 and appendix; ε and ten iterations are theirs.
     """
@@ -354,6 +357,8 @@ def sharpness(
         nonlocal evaluations
         evaluations += 1
         value, gradient = loss_and_gradient(point + (y if basis is None else y @ basis))
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is not finite in the box of epsilon {epsilon:g}; a smaller epsilon may help")
         return value, gradient if basis is None else basis @ gradient
 
     middle = torch.zeros_like(bound)
@@ -422,14 +427,16 @@ def top_eigenvalues(
         max_restarts: each costs about count + 6 products.
 
     Raises:
-        ValueError: if so many restarts do not reach the tolerance, or a product is not finite.
+        ValueError: if there are no so many, so many restarts do not reach the tolerance, or a product is not finite.
 
     Source: Lehoucq, Sorensen and Yang 1998, ARPACK Users' Guide.
     """
     # Here, so that what wants no eigenvalues need not wait for it.
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 
     n, products = point.numel(), 0
+    if not 0 < count < n:
+        raise ValueError(f"{count} eigenvalues of {n} weights; wanted at least 1, and fewer than weights")
 
     def multiply(vector: NDArray) -> NDArray:
         nonlocal products
@@ -459,6 +466,8 @@ def top_eigenvalues(
             f"{len(error.eigenvalues)} of {count} eigenvalues to {tolerance:g} of themselves after {products} products with"
             " the Hessian; fewer of them, or more samples, may converge"
         ) from error
+    except ArpackError as error:
+        raise ValueError(f"the Hessian's eigenvalues cannot be found, is it 0? ARPACK says: {error}") from error
     return Spectrum(tuple(float(value) for value in sorted(values, reverse=True)), products)
 
 

@@ -33,10 +33,11 @@ def paper_top1_percent(row: Mapping[str, str]) -> float | None:
     if tag != f"{data}_{row['rung']}{row['batch_size']}" or not overridden_keys(row).issubset(SAME_REGIME):
         return None
     figures = _table()
-    for batch_size in (row["batch_size"], ""):
-        if (figure := figures.get((architecture, data, row["rung"], batch_size))) is not None:
-            return figure
-    return None
+    if (figure := figures.get((architecture, data, row["rung"], row["batch_size"]))) is not None:
+        return figure
+    # Where the paper does not say which of a network's large batches a figure is of, it may be any of them, but no other.
+    is_known = (architecture, data, "gbn", row["batch_size"]) in figures or row["rung"] == "sb"
+    return figures.get((architecture, data, row["rung"], "")) if is_known else None
 
 
 def overridden_keys(row: Mapping[str, str]) -> set[str]:

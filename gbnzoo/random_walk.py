@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 HELD = 25.0
 # Beyond it 1/t is too near the smallest float64.
 LAST_LOG_UPDATE = 660.0
+LAST_LOG_STEP = 25.0  # hours
 # How often a self-similar landscape turns: its correlation length in log‖w‖, and in angle, is 1/TURNS.
 TURNS = 8.0
 # Arms of lines that are folded together: enough to hide NumPy's overhead, few enough to be of like length.
@@ -126,6 +127,10 @@ def simulate(
     if last > LAST_LOG_UPDATE:
         raise ValueError(
             f"log updates up to {last:g}; wanted at most {LAST_LOG_UPDATE:g}, where float64 still holds 1/t"
+        )
+    if stepping and last > LAST_LOG_STEP:
+        raise ValueError(
+            f"log updates up to {last:g} by steps, one after the other; wanted at most {LAST_LOG_STEP:g}, or no --stepping"
         )
     t = np.exp(np.geomspace(first, last, points))
 

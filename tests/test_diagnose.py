@@ -164,6 +164,31 @@ def test_ghosts_statistics_are_each_ghosts_own(tmp_path, data_dir):
     assert found.loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_scale_that_batch_norm_undoes_moves_no_relative_curvature(tmp_path, data_dir):
+    def curvatures(scale):
+        subject = find_subject(str(folder), data_dir=data_dir)
+        norm, weight = subject.model.bn1, subject.model.conv1.weight
+        norm.eps = 0.0  # or the scale would not be undone quite
+        with torch.no_grad():
+            weight.mul_(scale)
+            norm.running_mean.mul_(scale)
+            norm.running_var.mul_(scale**2)
+        found = diagnose(subject, only=("hessian",), samples=40, eigenvalues=1)
+        return found.loss, found.hessian.eigenvalues[0], found.relative_hessian.eigenvalues[0]
+
+    folder = finished_run(tmp_path / "runs")
+    (loss, plain, relative), (scaled_loss, scaled_plain, scaled_relative) = curvatures(1), curvatures(0.1)
+    assert scaled_loss == pytest.approx(loss, rel=1e-5)
+    assert scaled_relative == pytest.approx(relative, rel=0.02)
+    assert abs(scaled_plain / plain - 1) > 0.5
+
+
+def test_a_small_set_is_looked_at_whole(tmp_path, data_dir):
+    subject = find_subject(str(finished_run(tmp_path / "runs")), data_dir=data_dir)
+    assert diagnose(subject, only=()).settings["samples"] == 40
+    assert diagnose(subject, only=(), ghost_batch_size=16, statistics="ghosts").settings["samples"] == 32
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -172,6 +197,11 @@ def test_ghosts_statistics_are_each_ghosts_own(tmp_path, data_dir):
         (("--samples", 38, "--statistics", "ghosts"), "makes no whole ghosts of 4; wanted 36 or 40"),
         (("--ghosts", 11), "--ghosts 11 of 4 are 44 samples of 40 training images; wanted at most 10 of 4"),
         (("--distance", 1e9, "--only", "potential"), "not finite at distance"),
+        (("--distance", -1), "--distance -1: wanted a number above 0"),
+        (("--distance", 0), "--distance 0: wanted a number above 0"),
+        (("--epsilon", "inf"), "--epsilon inf: wanted a number above 0"),
+        (("--epsilon", 1e30, "--only", "sharpness"), "not finite in the box of epsilon 1e+30"),
+        (("--eigenvalues", 2000000, "--only", "hessian"), "2000000 eigenvalues of "),
         (("--device", "nowhere"), "--device nowhere: cannot be used here"),
         (("--data", "nothing"), "nothing"),
     ],

@@ -27,6 +27,13 @@ def row(recipe, overrides=(), num_samples=50_000, **settings):
     return result_row(recipe, log_row | {"top1_percent": "90", "top5_percent": "99"}, [environment])
 
 
+@pytest.mark.parametrize(("batch_size", "figure"), [(4096, 41.23), (8192, 41.23), (256, None)])
+def test_a_figure_of_an_unnamed_batch_stands_beside_the_papers_batches_alone(batch_size, figure):
+    overrides = [f"large.batch_size={batch_size}"]
+    shown = row("imagenet/alexnet_owt_gbn", overrides, num_samples=1_281_167, rung="lb")
+    assert paper_top1_percent(shown) == figure
+
+
 @pytest.mark.parametrize("recipe", TABLE_1)
 def test_a_shipped_recipe_of_the_papers_stands_beside_its_row(recipe):
     figures = [paper_top1_percent(row(recipe, rung=rung)) for rung in ("sb", "lb", "lr", "gbn", "ra")]

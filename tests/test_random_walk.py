@@ -283,6 +283,7 @@ def test_walks_are_a_function_of_their_seed(dimensions):
     [
         ({"alpha": 2.5}, "alpha 2.5; wanted 0 < alpha <= 2"),
         ({"alpha": 1, "dimensions": 3, "stepping": False}, "a walk without stepping in 3 dimensions"),
+        ({"alpha": 1, "dimensions": 3, "log_updates": (5, 100)}, "log updates up to 100 by steps"),
         ({"alpha": 1, "temperature": 0.0}, "temperature 0, log"),
         ({"alpha": 1, "log_updates": (5, 5)}, "0 < first < last"),
         ({"alpha": 1, "log_updates": (5, 700)}, "log updates up to 700; wanted at most 660"),

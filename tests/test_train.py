@@ -269,6 +269,32 @@ def test_gradient_noise_acts_from_rung_lr_on(tmp_path, kind):
         assert any(not torch.equal(plain[name], noisy[name]) for name in plain) == acts
 
 
+def test_momentum_is_gathered_anew_each_epoch(tmp_path):
+    """Digits have 1,297 training images, of which a batch takes 512: passes begin with updates 3 and 6."""
+    trainer = trainer_of(
+        tmp_path,
+        "optimizer.reset_momentum_each_epoch=true",
+        "optimizer.weight_decay=0",
+        "optimizer.clip_grad_norm=null",
+        "base.epochs=4",
+        "large.batch_size=512",
+    )
+    begins = [update for update in range(8) if trainer.regime.begins_epoch(update)]
+    assert begins == [3, 6]
+    with trainer.opened_run(resume=False):
+        gathered = [torch.zeros_like(parameter) for parameter in trainer.parameters]
+        for update in range(8):
+            trainer.set_rates(update)
+            trainer.add_gradients(update)
+            for k, parameter in enumerate(trainer.parameters):
+                gathered[k] = parameter.grad + (0 if update in begins else 0.9) * gathered[k]
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            for parameter, expected in zip(trainer.parameters, gathered, strict=True):
+                momentum = trainer.optimizer.state[parameter]["momentum_buffer"]
+                torch.testing.assert_close(momentum, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("limit", [1e-3, 2.0, 1e3, None])
 def test_gradients_are_clipped_as_torch_clips_them(limit, tmp_path):
     trainer = trainer_of(tmp_path, f"optimizer.clip_grad_norm={'null' if limit is None else limit}")
