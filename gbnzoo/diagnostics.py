@@ -519,7 +519,7 @@ def noise_scale(ghost_gradients: Callable[[], Iterable[Tensor]], ghost_batch_siz
     k, b = len(squares), ghost_batch_size
     if k < 3:
         raise ValueError(
-            f"{k} ghost(s) of {b} samples: the noise scale wants at least 3; more samples make more ghosts"
+            f"{k} ghost(s) of {b} samples: the noise scale wants at least 3; a smaller --ghost-batch-size makes more"
         )
     dots = np.array([_dot(total, gradient) for gradient in ghost_gradients()])
     squares = np.array(squares)
