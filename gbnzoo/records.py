@@ -72,10 +72,10 @@ class Record:
 
     def high_rate_phase(self) -> tuple[int, int]:
         """First and last logged update of the longest stretch in which the rate is at least half its highest."""
-        peak = max(row["lr"] for row in self.log)
+        peak = max((rate for _, rate in self.points("update", "lr")), default=0.0)
         stretches: list[list[int]] = [[]]
         for row in self.log:
-            if row["lr"] >= peak / 2:
+            if (row["lr"] or 0) >= peak / 2:
                 stretches[-1].append(int(row["update"]))
             elif stretches[-1]:
                 stretches.append([])

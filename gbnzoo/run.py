@@ -48,6 +48,7 @@ LAYER_COLUMNS = (
     "layer",  # a module that owns parameters, by its name in the network; "" for the network itself
     "weight_distance",  # ‖w_t − w_0‖ over the module's own parameters
 )
+_WORD_COLUMNS = ("split", "layer")
 
 _CHECKPOINT_NAME = re.compile(r"update(\d{9})\.([0-9a-f]{16})\.safetensors")
 _KEEP = 2
@@ -193,7 +194,16 @@ class Run:
             return []
         # A row cut short, by a kill or a full disk, has no end.
         whole = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-        return [dict.fromkeys(columns, "") | row for row in whole]
+        rows = []
+        for row in whole:
+            for column, cell in row.items():
+                if column not in _WORD_COLUMNS and not _is_cell(column, cell):
+                    raise RunError(
+                        f"{self.folder / name}, line {whole.line_num} is damaged: {column or 'too many cells'} {cell!r};"
+                        " without that line the rest can be read"
+                    )
+            rows.append(dict.fromkeys(columns, "") | row)
+        return rows
 
     def _append(self, name: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
         path = self.folder / name
@@ -439,3 +449,14 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _is_cell(column: str | None, cell: str | list[str] | None) -> bool:
+    """Whether a log has such a number there, or none where it may have none."""
+    if not cell or column is None:
+        return column not in (None, "update")
+    try:
+        (int if column == "update" else float)(cell)
+    except ValueError:
+        return False
+    return True

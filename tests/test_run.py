@@ -62,6 +62,16 @@ def test_the_last_two_checkpoints_are_kept(run):
     ]
 
 
+@pytest.mark.parametrize(("column", "cell"), [("eval_loss", "abc"), ("update", ""), ("update", "1.5"), (None, "1.5")])
+def test_a_damaged_line_of_a_log_is_named(run, column, cell):
+    run.log({"update": 1, "split": "test"})
+    header, line = (run.folder / "log.csv").read_text().splitlines()
+    cells = dict(zip(LOG_COLUMNS, line.split(","), strict=True)) | {column: cell}
+    (run.folder / "log.csv").write_text(f"{header}\n{','.join(cells.values())}\n")
+    with pytest.raises(RunError, match=rf"log.csv, line 2 is damaged: {column or 'too many cells'} "):
+        run.rows()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_checkpoint_is_passed_over_loudly(run, damage):
     run.save_checkpoint(checkpoint(1))
