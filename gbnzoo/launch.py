@@ -94,6 +94,12 @@ def start_processes(processes: int, module: str, arguments: Sequence[str]) -> in
     return 0
 
 
+def usable_accelerator() -> torch.device | None:
+    """The accelerator that runs here are on, if any: not Apple's, which has no float64 for losses to be summed in."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return None if accelerator is None or accelerator.type == "mps" else accelerator
+
+
 def connect(processes: int | None, timeout_seconds: float, **options: Any) -> Accelerator:
     """Accelerate, with as many processes as were asked for.
 
@@ -119,7 +125,7 @@ def connect(processes: int | None, timeout_seconds: float, **options: Any) -> Ac
     # Accelerate keeps the precision of the first run in this process for ever.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=usable_accelerator() is None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
         **options,
     )

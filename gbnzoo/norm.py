@@ -21,12 +21,14 @@ import torch.fx
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from gbnzoo import kernels
+from gbnzoo.kernels import reference
 from gbnzoo.kernels.cpu import Decay, Folding
 from gbnzoo.spanning import spanning_batch_norm
 
@@ -78,6 +80,9 @@ def ghost_batch_norm(
         kernel = kernels.pick(x, ghost_rows, residual)
         if kernel is not None:
             return kernel(x, weight, bias, ghost_rows, eps, residual, relu)
+        if _is_vectorized() and min(rows, ghost_rows) * x.shape[2:].numel() > 1:
+            # Without BatchNorm's operator, which writes statistics into tensors that are not vectorised.
+            return reference.ghost_batch_norm(x, weight, bias, ghost_rows, eps, residual, relu)
     ghosts = max(1, rows // ghost_rows)
     whole_rows = (ghosts - 1) * ghost_rows
     if rows == whole_rows + ghost_rows or ghosts == 1:
@@ -87,6 +92,13 @@ def ghost_batch_norm(
         last_y, last_mean, last_var = _normalize_equal_ghosts(x[whole_rows:], weight, bias, 1, eps)
         y, mean, var = torch.cat((y, last_y)), torch.cat((mean, last_mean)), torch.cat((var, last_var))
     return _add_and_relu(y, residual, relu), mean, var
+
+
+def _is_vectorized() -> bool:
+    """Whether this runs inside torch.vmap."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(each.key() == TransformType.Vmap for each in get_interpreter_stack())
 
 
 def _add_and_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from gbnzoo.allocator import keep_freed_memory
@@ -119,16 +120,22 @@ def main(
 
 def _time_update(trainer: Trainer, update: int) -> float:
     """Seconds until all processes have made it."""
-    trainer.accelerator.wait_for_everyone()
-    began = time.perf_counter()
+    began = _now_for_everyone(trainer)
     trainer.set_rates(update)
     trainer.add_gradients(update)
     trainer.clip_gradients(update)
     trainer.add_isotropic_noise(update)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+    return _now_for_everyone(trainer) - began
+
+
+def _now_for_everyone(trainer: Trainer) -> float:
+    """The time once all processes are here, and their GPUs have done what was asked of them."""
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
     trainer.accelerator.wait_for_everyone()
-    return time.perf_counter() - began
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

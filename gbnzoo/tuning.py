@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gbnzoo.data import cache_folder, one_at_a_time
+from gbnzoo.launch import usable_accelerator
 from gbnzoo.recipe import Recipe
 from gbnzoo.regime import Layout, Regime, choose_layout, micro_batch_sizes
 
@@ -83,7 +84,7 @@ def likely_device() -> torch.device:
     """The device that a run started here would be on."""
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return usable_accelerator() or torch.device("cpu")
 
 
 def advice_on_threads(threads: int) -> str:
@@ -93,6 +94,8 @@ def advice_on_threads(threads: int) -> str:
     process = psutil.Process()
     cores = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count())
     taken_of_each = psutil.cpu_percent(interval=0.2, percpu=True)
+    if max(cores) >= len(taken_of_each):  # numbered otherwise there: containers do so, and cores may be off
+        return ""
     taken = sum(taken_of_each[core] for core in cores) / 100
     if threads + taken < len(cores) + 0.5:
         return ""

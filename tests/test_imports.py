@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "launch": {"run"},
     "graphs": {"run"},
     "jobs": {"launch", "run"},
-    "tuning": {"data", "recipe", "regime"},
+    "tuning": {"data", "launch", "recipe", "regime"},
     "trainer": {
         "graphs",
         "image_files",

@@ -453,6 +453,59 @@ def test_who_looks_on_sees_operators(kernel):
     assert not cpu.is_direct(x, x.to("meta"))
 
 
+DENSE = {
+    "vectors transposed": torch.empty(6, 10).t(),
+    "planes transposed": torch.empty(10, 6, 5, 4).transpose(2, 3),
+    "channels last, planes transposed": torch.empty(10, 5, 4, 6).permute(0, 3, 2, 1),
+    "samples behind channels": torch.empty(6, 10, 4, 5).transpose(0, 1),
+    "volumes": torch.empty(10, 3, 4, 2, 6).permute(0, 4, 2, 1, 3),
+}
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("layout", DENSE)
+def test_operators_promise_the_layout_that_they_give(kernel, layout, adds):
+    x, residual, dy = (torch.randn_like(DENSE[layout]) for _ in range(3))
+    assert x.stride() == DENSE[layout].stride()
+    inputs = (x, residual if adds else None, torch.rand(6), torch.rand(6), GHOST, 1e-5, True)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm.default, inputs, test_utils=checks)
+    y, statistics = torch.ops.gbnzoo.ghost_batch_norm(*inputs)
+    inputs = (dy, x, y if adds else None, *inputs[2:4], statistics, GHOST, True)
+    torch.library.opcheck(torch.ops.gbnzoo.ghost_batch_norm_backward.default, inputs, test_utils=checks)
+
+
+def test_what_a_hook_lays_out_anew_is_read_as_it_lies(kernel):
+    x, residual = (laid_out(torch.randn(8, 6, 5, 4), "channels_last").requires_grad_() for _ in range(2))
+
+    def gradients():
+        y, *_ = kernel(x, None, None, GHOST, 1e-5, residual, True)
+        return torch.autograd.grad(y.square().sum(), (x, residual))
+
+    def pack(tensor):
+        return tensor.contiguous() if tensor.dim() == 4 and (tensor >= 0).all() else tensor
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert all(map(torch.equal, gradients(), expected))
+
+
+@pytest.mark.parametrize("ghost_batch_size", [2**40, 2**62, sys.maxsize, 2**63])
+def test_ghosts_beyond_all_numbers_are_one(kernel, ghost_batch_size):
+    x = torch.randn(8, 3, 4, 4)
+    whole = GhostBatchNorm2d(3, ghost_batch_size=8)
+    assert torch.equal(GhostBatchNorm2d(3, ghost_batch_size=ghost_batch_size)(x), whole(x))
+
+
+@pytest.mark.parametrize("samples", [8, 7])
+def test_layers_can_be_vectorised(kernel, samples):
+    layer = GhostBatchNorm2d(3, ghost_batch_size=2, track_running_stats=False)
+    xs = torch.randn(4, samples, 3, 2, 2)
+    torch.testing.assert_close(torch.vmap(layer)(xs), torch.stack([layer(x) for x in xs]))
+    gradient = torch.func.grad(lambda x: layer(x).pow(3).sum())
+    torch.testing.assert_close(torch.vmap(gradient)(xs), torch.stack([gradient(x) for x in xs]), rtol=1e-4, atol=1e-4)
+
+
 def test_many_gradients_at_once(kernel):
     x, dys = torch.randn(8, 3, 2, 2, requires_grad=True), torch.randn(5, 8, 3, 2, 2)
     y, *_ = kernel(x, None, None, GHOST, 1e-5)

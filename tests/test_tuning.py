@@ -224,6 +224,19 @@ def test_plan_tells_what_will_be_measured_and_what_was(tmp_path):
         assert planned().count("2 accumulation × micro-batch 32, measured as the fastest (1 images/s)") == 2
 
 
+@pytest.mark.parametrize(("accelerator", "device"), [("mps", "cpu"), ("cuda", "cuda"), (None, "cpu")])
+def test_runs_are_on_accelerators_that_sum_in_float64(accelerator, device, monkeypatch):
+    found = accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert tuning.likely_device().type == device
+
+
+def test_cores_that_the_system_does_not_count_are_not_spoken_of(monkeypatch):
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(cpu_affinity=lambda: [8, 9]))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100, 100])
+    assert tuning.advice_on_threads(2) == ""
+
+
 @pytest.mark.parametrize(
     ("threads", "taken", "speaks"), [(4, 0.2, False), (4, 1.0, True), (3, 1.0, False), (1, 4.0, False)]
 )

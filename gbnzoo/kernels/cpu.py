@@ -327,7 +327,7 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...], ghost_rows: int) -> 
         if not _is_dense((samples, *pixels, channels), (strides[0], *strides[2:], strides[1])):
             return None
     has_values = channels > 0 and min(samples, ghost_rows) * math.prod(pixels) > 1
-    numbers = samples, channels, math.prod(pixels), ghost_rows, is_last
+    numbers = samples, channels, math.prod(pixels), min(ghost_rows, max(1, samples)), is_last
     statistics = _VALUE.expand(3, max(1, samples // ghost_rows), channels)
     return Plan(numbers, statistics, _VALUE.expand(channels), (channels,), has_values)
 
@@ -370,7 +370,7 @@ torch.library.define(
 @torch.library.register_fake("gbnzoo::ghost_batch_norm")
 def _forward_fake(x, residual, weight, bias, ghost_rows, eps, relu):
     ghosts = torch.sym_max(1, x.shape[0] // ghost_rows)
-    return torch.empty_like(x), x.new_empty((3, ghosts, x.shape[1]), dtype=torch.float32)
+    return torch.empty_like(_dense(x)[0]), x.new_empty((3, ghosts, x.shape[1]), dtype=torch.float32)
 
 
 # For who calls the operator itself. The autograd function is used here all the same: torch.func goes through it when compiled.
@@ -379,6 +379,7 @@ torch.library.register_autograd("gbnzoo::ghost_batch_norm", _gradients_of_all, s
 
 @torch.library.register_fake("gbnzoo::ghost_batch_norm_backward")
 def _backward_fake(dy, x, y, weight, bias, statistics, ghost_rows, relu):
+    x, _ = _dense(x)
     dresidual = torch.empty_like(x) if y is not None else x.new_empty(0)
     return torch.empty_like(x), dresidual, statistics.new_empty(x.shape[1]), statistics.new_empty(x.shape[1])
 
@@ -420,7 +421,7 @@ def _backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
 def _run_backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
     """The gradients of x, residual (None unless y is given), weight and bias."""
     x, plan = _planned(x, ghost_rows)
-    dy = _as(dy, x)
+    dy, y = _as(dy, x), None if y is None else _as(y, x)
     weight, bias = _wide(weight), _wide(bias)
     dx, dresidual = torch.empty_like(x), None if y is None else torch.empty_like(x)
     dweight, dbias = torch.empty_like(plan.parameter), torch.empty_like(plan.parameter)

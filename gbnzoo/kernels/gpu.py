@@ -525,7 +525,7 @@ def forward(x, residual, weight, bias, ghost_rows, eps, relu):
 def backward(dy, x, y, weight, bias, statistics, ghost_rows, relu):
     mean, _, invstd = statistics.unbind()
     x, channels_last = _dense(x)
-    dy = _as(dy, x)
+    dy, y = _as(dy, x), None if y is None else _as(y, x)
     weight, bias = _dense_parameter(weight), _dense_parameter(bias)
     dx = torch.empty_like(x)
     dresidual = None if y is None else torch.empty_like(x)
